@@ -1,0 +1,156 @@
+"""Configuration of the `rnn_seq2seq` family. Imports no torch."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .configuration_checks import check_at_least, check_one_of, check_recurrence, raises_value_error
+
+DECODER_TYPES = ("luong", "bahdanau", "gnmt")
+
+
+@raises_value_error
+@strict
+class RNNSeq2SeqConfig(PreTrainedConfig):
+    r"""
+    Configuration of a recurrent encoder-decoder with attention, for [`RNNSeq2SeqModel`] and its head.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000): Number of tokens, shared by source and target.
+        embedding_size (`int`, *optional*): Width of the token embeddings; `hidden_size` where not given.
+        hidden_size (`int`, *optional*, defaults to 512): Width of the hidden state, per direction.
+        encoder_layers (`int`, *optional*, defaults to 2): Number of recurrent layers of the encoder.
+        decoder_layers (`int`, *optional*, defaults to 2): Number of recurrent layers of the decoder.
+        encoder_bidirectional (`bool`, *optional*, defaults to `True`): Whether the encoder reads in both directions.
+        cell_type (`str`, *optional*, defaults to `"lstm"`):
+            `"rnn_tanh"`, `"rnn_relu"`, `"gru"`, `"lstm"` or any other key of `RECURRENT_CELLS`.
+        attention_score (`str`, *optional*, defaults to `"general"`):
+            `"dot"`, `"scaled_dot"`, `"general"`, `"additive"` or any other key of `ATTENTION_SCORES`.
+        num_attention_heads (`int`, *optional*, defaults to 1):
+            Number of heads. Queries, keys and values are divided among them, so it divides `hidden_size`.
+        decoder_type (`str`, *optional*, defaults to `"luong"`):
+            `"luong"` attends with the top state and combines it with the context
+            ([Luong et al., 2015](https://huggingface.co/papers/1508.04025)); `"bahdanau"` attends with the previous
+            top state and feeds the context into the step
+            ([Bahdanau et al., 2015](https://huggingface.co/papers/1409.0473)); `"gnmt"` attends with the output of
+            the first layer and feeds the context to the layers above, as GNMT v2 does
+            ([Wu et al., 2016](https://huggingface.co/papers/1609.08144)).
+        input_feeding (`bool`, *optional*, defaults to `False`):
+            Whether a `"luong"` decoder also reads the attentional vector of the step before (section 3.3 there).
+            Such a decoder, like `"bahdanau"`, has to run step by step.
+        residual (`bool`, *optional*, defaults to `False`):
+            Whether every layer after the first adds its input to its output.
+        embedding_dropout (`float`, *optional*, defaults to 0.0): Dropout on the token embeddings.
+        hidden_dropout (`float`, *optional*, defaults to 0.0): Dropout between the recurrent layers.
+        output_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the output of the encoder and on the attentional vector of the decoder.
+        recurrent_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the hidden state inside the recurrence, sampled once per sequence
+            ([Gal and Ghahramani, 2016](https://huggingface.co/papers/1512.05287)). Runs the step-by-step loop.
+        initializer_range (`float`, *optional*, defaults to 0.1):
+            Standard deviation of new embeddings. Recurrent weights start orthogonal, other weights Glorot uniform,
+            biases at zero.
+        forget_gate_bias (`float`, *optional*, defaults to 1.0): Initial bias of an LSTM's forget gate.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the output projection shares its weight with the embeddings. Where their widths differ, a learned
+            projection without bias stands in between.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the decoder's state is returned. While training it is returned only on request.
+        decoder_start_token_id (`int`, *optional*, defaults to 1): Token that starts every target.
+
+    Raises:
+        `ValueError`: A field of a wrong type or value; the message names the field, the value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from hf_rnn import RNNSeq2SeqConfig, RNNSeq2SeqForConditionalGeneration
+
+    >>> config = RNNSeq2SeqConfig(vocab_size=1000, hidden_size=128, attention_score="additive")
+    >>> model = RNNSeq2SeqForConditionalGeneration(config)
+    ```"""
+
+    model_type = "rnn_seq2seq"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_hidden_layers": "encoder_layers"}
+    base_model_fsdp_plan = {
+        "shared": "free_full_weight",
+        "encoder.layers.*": "free_full_weight",
+        "decoder.layers.*": "free_full_weight",
+    }
+
+    vocab_size: int = 32000
+    embedding_size: int | None = None
+    hidden_size: int = 512
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+    encoder_bidirectional: bool = True
+    cell_type: str = "lstm"
+    attention_score: str = "general"
+    num_attention_heads: int = 1
+    decoder_type: str = "luong"
+    input_feeding: bool = False
+    residual: bool = False
+    embedding_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    output_dropout: float | int = 0.0
+    recurrent_dropout: float | int = 0.0
+    initializer_range: float | int = 0.1
+    forget_gate_bias: float | int = 1.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    is_encoder_decoder: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    decoder_start_token_id: int | None = 1
+
+    def __post_init__(self, **kwargs):
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        super().__post_init__(**kwargs)
+        self.validate_recurrence()
+        self.validate_attention()
+
+    def validate_recurrence(self):
+        """Raises `ValueError` where fields of the recurrence are out of range."""
+        check_at_least(self, 1, "encoder_layers", "decoder_layers")
+        check_recurrence(self)
+
+    def validate_attention(self):
+        """Raises `ValueError` where fields of the attention are out of range or do not fit together."""
+        # Imported here, so that reading a configuration file needs no torch: the table of scores is open.
+        from .attention import ATTENTION_SCORES
+
+        check_one_of(self, "attention_score", ATTENTION_SCORES)
+        check_one_of(self, "decoder_type", DECODER_TYPES)
+        check_at_least(self, 1, "num_attention_heads")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size` ({self.hidden_size}), got {self.num_attention_heads}."
+            )
+        if self.input_feeding and self.decoder_type != "luong":
+            raise ValueError(
+                f"`input_feeding` must be False unless `decoder_type` is 'luong', got True with {self.decoder_type!r}."
+            )
+        if self.decoder_type == "gnmt" and self.decoder_layers < 2:
+            raise ValueError(
+                "`decoder_layers` must be at least 2 with `decoder_type` 'gnmt', whose layers above the first read the "
+                f"context, got {self.decoder_layers}."
+            )
+
+    def validate_layer_type(self):
+        """The base class knows a closed list of layer types, none of which is a recurrent state."""
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache layer that each decoder layer asks for."""
+        # `get_text_config(decoder=True)` moves `decoder_layers` to `num_hidden_layers`.
+        return ["recurrent_state"] * vars(self).get("decoder_layers", self.num_hidden_layers)
+
+    @property
+    def encoder_output_size(self) -> int:
+        """Width of the encoder's output: `hidden_size` times the number of directions."""
+        return self.hidden_size * (2 if self.encoder_bidirectional else 1)
+
+
+__all__ = ["RNNSeq2SeqConfig"]

@@ -1,0 +1,428 @@
+"""The `rnn` family: recurrent layers over token embeddings, and the heads on them."""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_rnn import RNNConfig
+from .pooling import SequencePooling
+from .recurrent_cache import cache_to_fill, is_recording, read_state, write_state
+from .recurrent_layer import HiddenStates, Padding, make_layers
+from .recurrent_model import GenerationMasks, RecurrentPreTrainedModel, select_positions, vocabulary_projection
+
+logger = logging.get_logger(__name__)
+
+
+class RNNPreTrainedModel(RecurrentPreTrainedModel):
+    """Base class of the family."""
+
+    config: RNNConfig
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(HiddenStates, index=0, capture_initial_hidden_state=False),
+    }
+
+
+class RNNModel(RNNPreTrainedModel):
+    r"""
+    Token embeddings and a stack of recurrent layers, in one direction or two.
+
+    At padded positions the state of a row stays as it is and the output repeats the last one, wherever the padding
+    lies. With one direction the state travels in `past_key_values`; with two directions there is none to carry.
+
+    Args:
+        config (`RNNConfig`): The configuration.
+    """
+
+    def __init__(self, config: RNNConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedded = HiddenStates()
+        self.layers = make_layers(config, config.num_hidden_layers, config.embedding_size, config.bidirectional)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Token ids.
+            attention_mask (`torch.Tensor` of shape `(batch, past + seq)` or `(batch, seq)`, *optional*):
+                Non-zero where there is a token, zero at padding, which may lie anywhere.
+            past_key_values (`Cache`, *optional*): The state to go on from.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, embedding_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            use_cache (`bool`, *optional*):
+                Whether to return the state. By default as the configuration says, and not while training.
+
+        Returns:
+            `BaseModelOutputWithPast`: `last_hidden_state` `(batch, seq, output_size)`, `past_key_values` and, on
+            request, `hidden_states`: the embeddings and the output of each layer.
+
+        Raises:
+            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, a mask of a wrong shape, or a state for
+                a model with two directions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if self.config.bidirectional and past_key_values is not None:
+            raise ValueError(
+                "`past_key_values` must be None where `bidirectional` is True: there is no state to carry."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.bidirectional:
+            use_cache = False
+        target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
+        seq_length = inputs_embeds.shape[1]
+        padding = Padding.from_attention_mask(attention_mask, seq_length)
+        hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
+        for layer_idx, layer in enumerate(self.layers):
+            state = read_state(past_key_values, layer_idx, layer.state_sizes)
+            recording = is_recording(target, layer_idx)
+            if recording and state is None:
+                state = layer.cell.initial_state(hidden_states)
+            hidden_states, new_state, history = layer(hidden_states, state, padding, target is not None, recording)
+            write_state(target, layer_idx, new_state, seq_length, history, state)
+        return BaseModelOutputWithPast(last_hidden_state=self.output_dropout(hidden_states), past_key_values=target)
+
+
+class RNNLanguageModelingHead(RNNPreTrainedModel):
+    """What the language models share: a projection to the vocabulary, tied to the embeddings or not."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RNNConfig):
+        super().__init__(config)
+        self.model = RNNModel(config)
+        self.projection, self.lm_head = vocabulary_projection(config, config.output_size)
+        self.post_init()
+
+
+class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
+    r"""
+    A recurrent language model, which predicts each token from those before it.
+
+    Args:
+        config (`RNNConfig`): The configuration, with one direction.
+
+    Raises:
+        `ValueError`: `config.bidirectional` is set.
+    """
+
+    def __init__(self, config: RNNConfig):
+        if config.bidirectional:
+            raise ValueError("`bidirectional` must be False for a causal language model, got True.")
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache: As in [`RNNModel`].
+            labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+                The tokens themselves (they are shifted here); -100 where there is nothing to predict.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*):
+                How many positions at the end, or which, to compute logits for; 0 for all.
+
+        Returns:
+            `CausalLMOutputWithPast`: `loss` in nats per predicted token, `logits` `(batch, seq, vocab_size)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(self.projection(select_positions(outputs.last_hidden_state, logits_to_keep)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class RNNForMaskedLM(RNNLanguageModelingHead):
+    r"""
+    A cloze model: the tokens behind a mask from what stands to their left and, with two directions, to their right.
+
+    Args:
+        config (`RNNConfig`): The configuration, with `bidirectional=True` if the right side is to be seen.
+    """
+
+    def __init__(self, config: RNNConfig):
+        if not config.bidirectional:
+            logger.warning_once("RNNForMaskedLM with `bidirectional=False` does not see what stands behind a mask.")
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+                The tokens behind the masks; -100 elsewhere.
+
+        Returns:
+            `MaskedLMOutput`: `loss` in nats per label, `logits` `(batch, seq, vocab_size)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+        )
+        logits = self.lm_head(self.projection(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class RNNForSequenceClassification(RNNPreTrainedModel):
+    r"""
+    A class, several labels or numbers for a whole sequence.
+
+    Args:
+        config (`RNNConfig`): The configuration; `pooling` says how the sequence becomes one vector.
+    """
+
+    def __init__(self, config: RNNConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RNNModel(config)
+        self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.classifier = nn.Linear(self.pooling.output_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            labels (`torch.Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
+                Classes, or the labels or numbers that `config.problem_type` asks for.
+
+        Returns:
+            `SequenceClassifierOutput`: `loss`, `logits` `(batch, num_labels)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+        )
+        logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, attention_mask)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                # The stock losses for the other problem types are means over this batch alone.
+                loss = loss * labels.numel() / num_items
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class RNNForTokenClassification(RNNPreTrainedModel):
+    r"""
+    A class for every token.
+
+    Args:
+        config (`RNNConfig`): The configuration.
+    """
+
+    def __init__(self, config: RNNConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RNNModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.classifier = nn.Linear(config.output_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Classes; -100 where there is none.
+
+        Returns:
+            `TokenClassifierOutput`: `loss` in nats per label, `logits` `(batch, seq, num_labels)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class RNNForQuestionAnswering(RNNPreTrainedModel):
+    r"""
+    The first and the last token of an answer in a text: logits over its positions, lowest at padding.
+
+    Args:
+        config (`RNNConfig`): The configuration.
+    """
+
+    def __init__(self, config: RNNConfig):
+        super().__init__(config)
+        self.model = RNNModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.qa_outputs = nn.Linear(config.output_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            start_positions (`torch.LongTensor` of shape `(batch,)`, *optional*): Position of the first token.
+            end_positions (`torch.LongTensor` of shape `(batch,)`, *optional*): Position of the last token.
+
+        Returns:
+            `QuestionAnsweringModelOutput`: `loss`, `start_logits` and `end_logits` `(batch, seq)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+        )
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
+        if attention_mask is not None:
+            logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
+        start_logits, end_logits = (scores.contiguous() for scores in logits.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
+        )
+
+
+class RNNForMultipleChoice(RNNPreTrainedModel):
+    r"""
+    The best of several sequences.
+
+    Args:
+        config (`RNNConfig`): The configuration; `pooling` says how a sequence becomes one vector.
+    """
+
+    def __init__(self, config: RNNConfig):
+        super().__init__(config)
+        self.model = RNNModel(config)
+        self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.classifier = nn.Linear(self.pooling.output_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, choices, seq)`, *optional*): Token ids.
+            attention_mask (`torch.Tensor` of shape `(batch, choices, seq)`, *optional*):
+                Non-zero where there is a token.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, choices, seq, embedding_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): The right choice.
+
+        Returns:
+            `MultipleChoiceModelOutput`: `loss`, `logits` `(batch, choices)`.
+        """
+        num_choices = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        input_ids, attention_mask, inputs_embeds = (
+            None if tensor is None else tensor.flatten(0, 1) for tensor in (input_ids, attention_mask, inputs_embeds)
+        )
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+        )
+        pooled = self.pooling(outputs.last_hidden_state, attention_mask)
+        logits = self.classifier(self.dropout(pooled)).view(-1, num_choices)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            loss = loss / kwargs.get("num_items_in_batch", labels.numel())
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "RNNForCausalLM",
+    "RNNForMaskedLM",
+    "RNNForMultipleChoice",
+    "RNNForQuestionAnswering",
+    "RNNForSequenceClassification",
+    "RNNForTokenClassification",
+    "RNNModel",
+    "RNNPreTrainedModel",
+]

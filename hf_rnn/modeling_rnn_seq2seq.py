@@ -1,0 +1,546 @@
+"""The `rnn_seq2seq` family: a recurrent encoder, a recurrent decoder that attends to it, and the head on them."""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions
+from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
+from .recurrent_cache import cache_to_fill, is_recording, read_state, write_state
+from .recurrent_cells import State
+from .recurrent_layer import HiddenStates, Padding, RecurrentLayer, make_layers
+from .recurrent_model import GenerationMasks, RecurrentPreTrainedModel, select_positions, vocabulary_projection
+
+
+def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None, pad_token_id: int | None):
+    """
+    The decoder's inputs for given labels `[batch, target]`: the start token, then all labels but the last.
+
+    Raises:
+        `ValueError`: `decoder_start_token_id` is None.
+    """
+    if decoder_start_token_id is None:
+        raise ValueError("`decoder_start_token_id` must be set in the configuration to make inputs of the decoder.")
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = decoder_start_token_id
+    # Behind a label that is ignored nothing is predicted, so that any token will do.
+    return shifted.masked_fill(shifted == -100, decoder_start_token_id if pad_token_id is None else pad_token_id)
+
+
+class RNNSeq2SeqPreTrainedModel(RecurrentPreTrainedModel):
+    """Base class of the family."""
+
+    config: RNNSeq2SeqConfig
+
+
+class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
+    """
+    Token embeddings and a stack of recurrent layers, in one direction or two.
+
+    Args:
+        config (`RNNSeq2SeqConfig`): The configuration.
+    """
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(HiddenStates, index=0, capture_initial_hidden_state=False),
+    }
+
+    def __init__(self, config: RNNSeq2SeqConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedded = HiddenStates()
+        self.layers = make_layers(config, config.encoder_layers, config.embedding_size, config.encoder_bidirectional)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): Source tokens.
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): Non-zero where there is a token.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, embedding_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` `(batch, source, encoder_output_size)`, and in
+            `pooler_output` the final states side by side: for each layer, each direction and each state of the cell
+            `hidden_size` numbers.
+
+        Raises:
+            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, or a mask of a wrong shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        padding = Padding.from_attention_mask(attention_mask, inputs_embeds.shape[1])
+        hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
+        final_states = []
+        for layer in self.layers:
+            hidden_states, state, _ = layer(hidden_states, None, padding)
+            final_states.extend(state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=self.output_dropout(hidden_states), pooler_output=torch.cat(final_states, dim=-1)
+        )
+
+
+class StateBridge(nn.Module):
+    r"""
+    From the final states of the encoder to the initial states of the decoder: each layer of the decoder starts from
+    the layer of the encoder at the same distance from the top (the lowest, if there is none),
+
+        h_0 = tanh(W_h [h_left-to-right; h_right-to-left] + b_h)
+
+    and likewise, but without the tanh, for every other state of the cell.
+
+    Args:
+        config (`RNNSeq2SeqConfig`): The configuration.
+        num_states (`int`): Number of states of the cell.
+    """
+
+    def __init__(self, config: RNNSeq2SeqConfig, num_states: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.num_states = num_states
+        self.num_directions = 2 if config.encoder_bidirectional else 1
+        self.encoder_layers = config.encoder_layers
+        offset = config.encoder_layers - config.decoder_layers
+        self.sources = [max(0, layer_idx + offset) for layer_idx in range(config.decoder_layers)]
+        self.projections = nn.ModuleList(
+            nn.ModuleList(nn.Linear(config.encoder_output_size, config.hidden_size) for _ in range(num_states))
+            for _ in range(config.decoder_layers)
+        )
+
+    def forward(self, final_states: torch.Tensor) -> list[State]:
+        """
+        Args:
+            final_states (`torch.Tensor` of shape `(batch, layers * directions * states * hidden_size)`):
+                `pooler_output` of the encoder.
+
+        Returns:
+            For each layer of the decoder its states `(batch, hidden_size)`.
+
+        Raises:
+            `ValueError`: The states have another width than this encoder's.
+        """
+        shape = (self.encoder_layers, self.num_directions, self.num_states, self.hidden_size)
+        final_states = final_states.unflatten(-1, shape).transpose(2, 3).flatten(3)  # [batch, layer, state, features]
+        states = []
+        for source, projections in zip(self.sources, self.projections):
+            hidden, *others = (linear(final_states[:, source, index]) for index, linear in enumerate(projections))
+            states.append((torch.tanh(hidden), *others))
+        return states
+
+
+class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
+    r"""
+    Token embeddings and a stack of recurrent layers that attend to the encoder's output v_1 ... v_S. For the input
+    embedding x_t, the states s_t of the top layer and the context c(q) of a query q:
+
+    - `"luong"`: s_t = layers(x_t), or with input feeding layers([x_t; a_{t-1}]); a_t = tanh(W [c(s_t); s_t])
+    - `"bahdanau"`: c_t = c(s_{t-1}); s_t = layers([x_t; c_t]); a_t = tanh(W [c_t; s_t; x_t])
+    - `"gnmt"`: u_t = first layer(x_t); c_t = c(u_t); every layer above reads [output of the layer below; c_t];
+      a_t = s_t
+
+    The attentional vector a_t is the output. `"luong"` without input feeding and `"gnmt"` run over a whole target at
+    once, the others step by step.
+
+    Args:
+        config (`RNNSeq2SeqConfig`): The configuration.
+    """
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(HiddenStates, index=0, capture_initial_hidden_state=False),
+        "cross_attentions": OutputRecorder(CrossAttentions, index=0),
+    }
+
+    def __init__(self, config: RNNSeq2SeqConfig):
+        super().__init__(config)
+        hidden_size, memory_size = config.hidden_size, config.encoder_output_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedded = HiddenStates()
+        input_size = config.embedding_size
+        if config.decoder_type == "bahdanau":
+            input_size += memory_size
+        elif config.input_feeding:
+            input_size += hidden_size
+        if config.decoder_type == "gnmt":
+            self.layers = make_layers(config, 1, input_size)
+            for layer_idx in range(1, config.decoder_layers):
+                self.layers.append(RecurrentLayer(config, hidden_size + memory_size, layer_idx))
+        else:
+            self.layers = make_layers(config, config.decoder_layers, input_size)
+        self.bridge = StateBridge(config, len(self.layers[0].state_sizes))
+        score = ATTENTION_SCORES[config.attention_score]
+        self.attention = Attention(score(hidden_size, memory_size, config.num_attention_heads))
+        self.cross_attentions = CrossAttentions()
+        combined_size = {
+            "luong": memory_size + hidden_size,
+            "bahdanau": memory_size + hidden_size + config.embedding_size,
+        }.get(config.decoder_type)
+        self.combine = None if combined_size is None else nn.Linear(combined_size, hidden_size, bias=False)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def runs_step_by_step(self) -> bool:
+        """Whether a position depends on what was computed at the one before beyond the recurrence of a layer."""
+        return self.config.decoder_type == "bahdanau" or self.config.input_feeding
+
+    # The top hidden state is that of the recurrence, not the attentional vector made of it.
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_final_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): Target tokens, shifted right.
+            attention_mask (`torch.Tensor` of shape `(batch, past + target)` or `(batch, target)`, *optional*):
+                Non-zero where there is a target token.
+            encoder_hidden_states (`torch.FloatTensor` of shape `(batch, source, encoder_output_size)`):
+                What to attend to.
+            encoder_final_states (`torch.FloatTensor` of shape `(batch, encoder states)`):
+                `pooler_output` of the encoder, from which the first state is made. Not needed to go on from a state.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*):
+                Non-zero where there is a source token.
+            past_key_values (`Cache`, *optional*): The state to go on from.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, target, embedding_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            use_cache (`bool`, *optional*):
+                Whether to return the state. By default as the configuration says, and not while training.
+
+        Returns:
+            `BaseModelOutputWithPastAndCrossAttentions`: `last_hidden_state` `(batch, target, hidden_size)`, the
+            attentional vectors; `past_key_values`; on request `hidden_states`, the embeddings and the output of each
+            layer, and `cross_attentions`, one tensor `(batch, heads, target, source)`.
+
+        Raises:
+            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, a mask of a wrong shape, or nothing to
+                attend to or to start from.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
+        if encoder_hidden_states is None:
+            raise ValueError("`encoder_hidden_states` must be given: there is nothing else to attend to.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
+        states = self._initial_states(past_key_values, encoder_final_states)
+        recording = is_recording(target, 0)
+        memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask)
+        seq_length = inputs_embeds.shape[1]
+        padding = Padding.from_attention_mask(attention_mask, seq_length)
+        hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
+        run = self._run_steps if self.runs_step_by_step else self._run_layers
+        outputs, weights, new_states, histories = run(
+            hidden_states, states, padding, memory, target is not None, recording
+        )
+        self.cross_attentions(weights)
+        for layer_idx, initial in enumerate(states):
+            write_state(target, layer_idx, new_states[layer_idx], seq_length, histories[layer_idx], initial)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, past_key_values=target)
+
+    def _initial_states(self, past_key_values: Cache | None, final_states: torch.Tensor | None) -> list[State]:
+        """The state of each layer; with input feeding, that of the first layer ends with the attentional vector."""
+        states = []
+        for layer_idx, layer in enumerate(self.layers):
+            sizes = list(layer.state_sizes)
+            if layer_idx == 0 and self.config.input_feeding:
+                sizes.append(self.config.hidden_size)
+            states.append(read_state(past_key_values, layer_idx, sizes))
+        if states[0] is not None:
+            return states
+        if final_states is None:
+            raise ValueError(
+                "`encoder_outputs` must hold the encoder's final states in `pooler_output`, its second entry: pass on "
+                "what the encoder of this model returned."
+            )
+        states = self.bridge(final_states)
+        if self.config.input_feeding:
+            states[0] = (*states[0], torch.zeros_like(states[0][0]))
+        return states
+
+    def _attentional_vectors(self, context: torch.Tensor, *features: torch.Tensor) -> torch.Tensor:
+        return self.output_dropout(torch.tanh(self.combine(torch.cat([context, *features], dim=-1))))
+
+    def _run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        states: list[State],
+        padding: Padding | None,
+        memory: AttentionMemory,
+        needs_state: bool,
+        recording: bool,
+    ):
+        """Layer by layer over all positions at once."""
+        new_states, histories, context = [], [], None
+        for layer, state in zip(self.layers, states):
+            if context is not None:
+                hidden_states = torch.cat([hidden_states, context], dim=-1)
+            hidden_states, new_state, history = layer(hidden_states, state, padding, needs_state, recording)
+            new_states.append(new_state)
+            histories.append(history)
+            if context is None and self.config.decoder_type == "gnmt":
+                context, weights = self.attention(hidden_states, memory)
+        if self.config.decoder_type == "gnmt":
+            return self.output_dropout(hidden_states), weights, new_states, histories
+        context, weights = self.attention(hidden_states, memory)
+        return self._attentional_vectors(context, hidden_states), weights, new_states, histories
+
+    def _run_steps(
+        self,
+        embeddings: torch.Tensor,
+        states: list[State],
+        padding: Padding | None,
+        memory: AttentionMemory,
+        needs_state: bool,
+        recording: bool,
+    ):
+        """Position by position through all layers."""
+        feeds = self.config.input_feeding
+        fed = None
+        if feeds:
+            *first, fed = states[0]
+            states = [tuple(first), *states[1:]]
+        states = list(states)
+        linears = [layer.recurrent_linear(embeddings) for layer in self.layers]
+        is_token = [None] * embeddings.shape[1] if padding is None else padding.mask.unsqueeze(-1).unbind(1)
+        contexts, weights, vectors = [], [], []
+        layer_outputs = [[] for _ in self.layers]
+        histories = [[] for _ in self.layers]
+        for position, embedding in enumerate(embeddings.unbind(1)):
+            if feeds:
+                inputs = torch.cat([embedding, fed], dim=-1)
+            else:
+                context, weight = self.attention(states[-1][0].unsqueeze(1), memory)
+                inputs = torch.cat([embedding, context.squeeze(1)], dim=-1)
+            for index, layer in enumerate(self.layers):
+                inputs, states[index] = layer.step(inputs, states[index], is_token[position], linears[index])
+                layer_outputs[index].append(inputs)
+            if feeds:
+                context, weight = self.attention(inputs.unsqueeze(1), memory)
+                vector = self._attentional_vectors(context.squeeze(1), inputs)
+                fed = vector if is_token[position] is None else torch.where(is_token[position], vector, fed)
+                vectors.append(fed)
+            contexts.append(context)
+            weights.append(weight)
+            if recording:
+                for index, state in enumerate(states):
+                    histories[index].append((*state, fed) if feeds and index == 0 else state)
+        for layer, outputs in zip(self.layers, layer_outputs):
+            hidden_states = layer.recorded(torch.stack(outputs, dim=1))
+        if feeds:
+            outputs = torch.stack(vectors, dim=1)
+            states[0] = (*states[0], fed)
+        else:
+            outputs = self._attentional_vectors(torch.cat(contexts, dim=1), hidden_states, embeddings)
+        stacked = [tuple(map(torch.stack, zip(*history))) if recording else None for history in histories]
+        return outputs, torch.cat(weights, dim=2), states, stacked
+
+
+class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
+    r"""
+    A recurrent encoder and a recurrent decoder that attends to it, with one embedding for source and target tokens.
+
+    Args:
+        config (`RNNSeq2SeqConfig`): The configuration.
+    """
+
+    _tied_weights_keys = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
+
+    def __init__(self, config: RNNSeq2SeqConfig):
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.encoder = RNNSeq2SeqEncoder(config)
+        self.decoder = RNNSeq2SeqDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.shared
+
+    def set_input_embeddings(self, value):
+        self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutputWithPooling | tuple[torch.FloatTensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqModelOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: The source, as in [`RNNSeq2SeqEncoder`].
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, past_key_values, use_cache: The target,
+                as in [`RNNSeq2SeqDecoder`]. Without any the source tokens, shifted right, are the target.
+            encoder_outputs (`BaseModelOutputWithPooling` or `tuple`, *optional*):
+                What the encoder returned for the source, in place of `input_ids`.
+
+        Returns:
+            `Seq2SeqModelOutput`: the attentional vectors `last_hidden_state` `(batch, target, hidden_size)`, and what
+            encoder and decoder return.
+
+        Raises:
+            `ValueError`: No target can be made, or what encoder and decoder refuse.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif not hasattr(encoder_outputs, "last_hidden_state"):
+            last_hidden_state, final_states, hidden_states = (*encoder_outputs[:3], None, None)[:3]
+            encoder_outputs = BaseModelOutputWithPooling(last_hidden_state, final_states, hidden_states)
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("Give `decoder_input_ids` or `decoder_inputs_embeds` where there are no `input_ids`.")
+            decoder_input_ids = shift_tokens_right(
+                input_ids, self.config.decoder_start_token_id, self.config.pad_token_id
+            )
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_final_states=encoder_outputs.get("pooler_output"),
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+        )
+
+
+class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedModel, GenerationMixin):
+    r"""
+    The encoder-decoder with a projection to the vocabulary: translation, transliteration, correction, summaries.
+
+    Args:
+        config (`RNNSeq2SeqConfig`): The configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RNNSeq2SeqConfig):
+        super().__init__(config)
+        self.model = RNNSeq2SeqModel(config)
+        self.projection, self.lm_head = vocabulary_projection(config, config.hidden_size)
+        self.post_init()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """The decoder's inputs `[batch, target]` for labels of that shape, for data collators."""
+        return shift_tokens_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutputWithPooling | tuple[torch.FloatTensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqLMOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
+            inputs_embeds, decoder_inputs_embeds, use_cache: As in [`RNNSeq2SeqModel`].
+            labels (`torch.LongTensor` of shape `(batch, target)`, *optional*):
+                The target tokens; -100 where there is none. The decoder's inputs are made of them if none are given.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*):
+                How many positions at the end, or which, to compute logits for; 0 for all.
+
+        Returns:
+            `Seq2SeqLMOutput`: `loss` in nats per label, `logits` `(batch, target, vocab_size)`, and what
+            [`RNNSeq2SeqModel`] returns.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(self.projection(select_positions(outputs.last_hidden_state, logits_to_keep)))
+        loss = None
+        if labels is not None:
+            # The labels are aligned with the logits already.
+            loss = self.loss_function(
+                logits=logits, labels=None, vocab_size=self.config.vocab_size, shift_labels=labels, **kwargs
+            )
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+        )
+
+
+__all__ = [
+    "RNNSeq2SeqForConditionalGeneration",
+    "RNNSeq2SeqModel",
+    "RNNSeq2SeqPreTrainedModel",
+]

@@ -1,0 +1,301 @@
+"""The state of recurrent layers as layers of a transformers `Cache`. Imports nothing of the package.
+
+`DynamicCache(config=...)`, `StaticCache(config=...)` and `generate` build these layers from `config.layer_types`. What a
+layer holds has the same size however long the text: the first state (the hidden state) in `keys` `[batch, size]`, all
+further states side by side in `values` `[batch, size of the rest]`.
+"""
+
+import torch
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    EncoderDecoderCache,
+)
+
+State = tuple[torch.Tensor, ...]
+
+
+class RecurrentStateLayer(CacheLayerMixin):
+    """
+    The state of one recurrent layer, and how many tokens it has read.
+
+    Between `activate_past_recording()` and the next `crop()` it also keeps the states it passed through, so that
+    `crop(-n)` takes it back by n tokens: assisted and prompt-lookup decoding rest on that.
+    """
+
+    _layer_type = "recurrent_state"
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+    # The sizes are those of states, not of heads and positions.
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.cumulative_length: int | torch.Tensor = 0
+        # False again after `reset`, where the tensors of a static layer stay in place.
+        self.has_state = False
+        self.record_past = False
+        # Pairs of keys and values `[steps, batch, size]`; the last step is the present state.
+        self.history: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows; not there before the first update."""
+        if not self.is_initialized:
+            raise AttributeError("batch_size")
+        return self.keys.shape[0]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        num_tokens: int = 1,
+        history: tuple[torch.Tensor, torch.Tensor] | None = None,
+        initial: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            key_states (`torch.Tensor` of shape `(batch, size)`): The new hidden state.
+            value_states (`torch.Tensor` of shape `(batch, size of the rest)`): The other new states.
+            num_tokens (`int`): How many tokens were read to get there.
+            history: Needed while recording: keys and values `(num_tokens, batch, size)` after each token.
+            initial: Needed while recording: keys and values `(batch, size)` before the first token.
+
+        Returns:
+            The new keys and values.
+        """
+        if self.record_past and history is not None:
+            if self.history is None:
+                self.history = tuple(states.unsqueeze(0) for states in initial)
+            self.history = tuple(torch.cat(pair) for pair in zip(self.history, history))
+        self._store(key_states, value_states)
+        self.has_state = True
+        self.cumulative_length += num_tokens
+        return self.keys, self.values
+
+    def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        else:
+            self.keys, self.values = keys, values
+
+    def get_seq_length(self) -> int:
+        """Number of tokens read so far, padding included."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """There is no limit, which transformers writes as -1."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over everything read so far and the present tokens."""
+        return self.get_seq_length() + query_length, 0
+
+    def activate_past_recording(self) -> None:
+        """From now on keep the states that are passed through, until `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Takes the state back by `-tokens_to_remove` tokens and forgets the states that led to it.
+
+        Raises:
+            `ValueError`: `tokens_to_remove` is positive.
+            `RuntimeError`: More tokens are to be removed than were recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`tokens_to_remove` must be zero or negative, got {tokens_to_remove}.")
+        if tokens_to_remove < 0:
+            recorded = 0 if self.history is None else self.history[0].shape[0] - 1
+            if -tokens_to_remove > recorded:
+                raise RuntimeError(
+                    f"Cannot take the recurrent state back by {-tokens_to_remove} tokens: {recorded} were recorded. "
+                    "Call `activate_past_recording()` before the tokens are read."
+                )
+            self._store(*(states[tokens_to_remove - 1] for states in self.history))
+            self.cumulative_length += tokens_to_remove
+        self.history = None
+
+    def reset(self) -> None:
+        """Back to the beginning: no token read, no state."""
+        self.keys = self.values = self.history = None
+        self.is_initialized = self.has_state = False
+        super().reset()
+
+    def _change_rows(self, change) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys, 0), change(self.values, 0)
+        if self.history is not None:
+            self.history = tuple(change(states, 1) for states in self.history)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self._change_rows(lambda states, dim: states.index_select(dim, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times in a row."""
+        self._change_rows(lambda states, dim: states.repeat_interleave(repeats, dim=dim))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices` (positions, or a mask)."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(-1)
+        self._change_rows(lambda states, dim: states.index_select(dim, indices.to(states.device)))
+
+
+class RecurrentStateStaticLayer(RecurrentStateLayer):
+    """The same at fixed addresses, for compiled decoding: the tensors are written in place, the counter is one too."""
+
+    # Its place is in the table of static layers, filled below.
+    _layer_type = None
+
+    def __init__(self, max_cache_len: int | None = None, **kwargs):
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states.clone(), value_states.clone())
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+
+    def _store(self, keys, values):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        else:
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+
+    def get_seq_length(self):
+        return self.cumulative_length if self.is_initialized else 0
+
+    def reset(self):
+        """Back to the beginning, at the same addresses."""
+        self.history = None
+        self.has_state = False
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
+            self.cumulative_length.zero_()
+
+    def _change_rows(self, change):
+        if self.is_initialized:
+            keys, values = change(self.keys, 0), change(self.values, 0)
+            if keys.shape == self.keys.shape:
+                self._store(keys, values)
+            else:
+                # Another number of rows needs other addresses.
+                length = self.cumulative_length.clone()
+                self.is_initialized = False
+                self.cumulative_length = length
+                self.lazy_initialization(keys, values)
+        if self.history is not None:
+            self.history = tuple(change(states, 1) for states in self.history)
+
+
+STATIC_LAYER_TYPE_MAPPING[RecurrentStateLayer._layer_type] = RecurrentStateStaticLayer
+
+
+def _state_layer(past_key_values: Cache, layer_idx: int) -> RecurrentStateLayer:
+    if isinstance(past_key_values, EncoderDecoderCache):
+        past_key_values = past_key_values.self_attention_cache
+    # `DynamicCache()` without a config adds its layers as they are asked for, and would add the wrong ones.
+    while len(past_key_values.layers) <= layer_idx:
+        past_key_values.layers.append(RecurrentStateLayer())
+    layer = past_key_values.layers[layer_idx]
+    if not isinstance(layer, RecurrentStateLayer):
+        raise TypeError(
+            f"`past_key_values` must hold recurrent states, but its layer {layer_idx} is a {type(layer).__name__}. "
+            "Make it with `DynamicCache(config=model.config)`, or leave it out."
+        )
+    return layer
+
+
+def cache_to_fill(config, past_key_values: Cache | None, use_cache: bool | None, training: bool) -> Cache | None:
+    """
+    The cache that a forward writes its final state to, or None.
+
+    Args:
+        config: The configuration of the model, which says what happens where `use_cache` is None. Even then no state is
+            kept while training unless one was given, because it would keep the graph of the batch alive.
+        past_key_values (`Cache`, *optional*): The cache to go on from, which is then the one to fill.
+        use_cache (`bool`, *optional*): Whether the state is asked for.
+        training (`bool`): Whether the model is in training mode.
+    """
+    if use_cache is None:
+        use_cache = config.use_cache and (not training or past_key_values is not None)
+    if not use_cache or past_key_values is not None:
+        return past_key_values if use_cache else None
+    cache = DynamicCache(config=config)
+    return EncoderDecoderCache(cache, DynamicCache(config=config)) if config.is_encoder_decoder else cache
+
+
+def is_recording(past_key_values: Cache | None, layer_idx: int) -> bool:
+    """Whether the layer keeps the states it passes through, so that they have to be given to [`write_state`]."""
+    return past_key_values is not None and _state_layer(past_key_values, layer_idx).record_past
+
+
+def read_state(past_key_values: Cache | None, layer_idx: int, sizes: list[int]) -> State | None:
+    """
+    The state of a layer, or None before the first token.
+
+    Args:
+        past_key_values (`Cache`, *optional*): The cache.
+        layer_idx (`int`): Which layer.
+        sizes (`list[int]`): The widths of its states.
+
+    Returns:
+        `tuple` of `torch.Tensor` of shape `(batch, size)`, or None.
+
+    Raises:
+        `TypeError`: The cache is not one of recurrent states.
+    """
+    if past_key_values is None:
+        return None
+    layer = _state_layer(past_key_values, layer_idx)
+    if not layer.has_state:
+        return None
+    return (layer.keys, *layer.values.split(sizes[1:], dim=-1))
+
+
+def _pack(state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    first, *rest = state
+    return first, torch.cat(rest, dim=-1) if rest else first.new_empty(*first.shape[:-1], 0)
+
+
+def write_state(
+    past_key_values: Cache | None,
+    layer_idx: int,
+    state: State,
+    num_tokens: int,
+    history: State | None = None,
+    initial: State | None = None,
+) -> None:
+    """
+    Stores the state of a layer; does nothing without a cache.
+
+    Args:
+        past_key_values (`Cache`, *optional*): The cache.
+        layer_idx (`int`): Which layer.
+        state (`tuple` of `torch.Tensor` of shape `(batch, size)`): The state after the last token.
+        num_tokens (`int`): Number of tokens read.
+        history (`tuple` of `torch.Tensor` of shape `(num_tokens, batch, size)`): The states after each token.
+        initial (`tuple` of `torch.Tensor` of shape `(batch, size)`): The state before the first token.
+    """
+    if past_key_values is None:
+        return
+    layer = _state_layer(past_key_values, layer_idx)
+    packed_history = None if history is None else _pack(history)
+    packed_initial = None if initial is None else _pack(initial)
+    layer.update(*_pack(state), num_tokens=num_tokens, history=packed_history, initial=packed_initial)
