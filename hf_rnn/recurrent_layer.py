@@ -1,8 +1,8 @@
 """Time: whole sequences, padding, directions, dropout, and the fast paths. Imports the cells.
 
 There is one definition of what a layer computes, the loop in [`run_loop`] over a cell's step: a token changes the
-state, padding leaves it as it is, and the output of a position is the hidden state after it, so that at padding the last
-one is repeated. Whatever is faster gives the same.
+state, padding leaves it as it is, and the output of a position is the hidden state after it, so that at padding the
+last one is repeated. Whatever is faster gives the same.
 """
 
 import contextlib
@@ -222,9 +222,9 @@ def run_torch_kernel(
     needs_state: bool = True,
 ) -> tuple[torch.Tensor, State]:
     """
-    The same as [`run_loop`] on a padded batch, by torch's kernel: tokens are moved to the left in order of reading, run as they are, and
-    their outputs moved back. States that are not outputs (the LSTM's cell state) pass the padding at the end
-    unchanged, because one more input column, which is on at padding, holds them there by the gates.
+    The same as [`run_loop`] on a padded batch, by torch's kernel: tokens are moved to the left in order of reading, run
+    as they are, and their outputs moved back. States that are not outputs (the LSTM's cell state) pass the padding at
+    the end unchanged, because one more input column, which is on at padding, holds them there by the gates.
     """
     index = padding.direction(reverse)
     if index.gather is not None:
@@ -352,7 +352,8 @@ class RecurrentLayer(GradientCheckpointingLayer):
         return outputs + inputs[..., : self.output_size] if self.residual else outputs
 
     def _takes_torch_kernel(self, inputs: torch.Tensor, needs_history: bool) -> bool:
-        if self.cell.torch_kernel is None or _loop_only.get() or torch.compiler.is_compiling():
+        # A compiler can look neither into the kernel nor, for that matter, into a context variable.
+        if self.cell.torch_kernel is None or torch.compiler.is_compiling() or _loop_only.get():
             return False
         if self.training and self.recurrent_dropout > 0:
             return False

@@ -1,0 +1,120 @@
+"""The test matrix: every class of the registration table with every option that applies to it, tiny and in float64."""
+
+import inspect
+import itertools
+
+import torch
+
+from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, REGISTRATION, RNNConfig, RNNSeq2SeqConfig
+
+
+VOCAB_SIZE = 29
+PAD, BOS, EOS = 3, 1, 2  # padding is a token like any other, so that no zeroed row of the embeddings can hide a leak
+MODEL_CLASSES = {
+    model_class.__name__: (config_class, model_class)
+    for config_class, model_classes in REGISTRATION.items()
+    for model_class in model_classes
+}
+GENERATIVE = [name for name, (_, model_class) in MODEL_CLASSES.items() if hasattr(model_class, "create_masks_for_generate")]
+DECODERS = [
+    {"decoder_type": "luong"},
+    {"decoder_type": "luong", "input_feeding": True},
+    {"decoder_type": "bahdanau"},
+    {"decoder_type": "gnmt"},
+]
+
+
+def make_config(name: str, **options):
+    """A tiny configuration for the class `name`, with sizes that differ wherever they may."""
+    common = {
+        "vocab_size": VOCAB_SIZE,
+        "embedding_size": 5,
+        "hidden_size": 6,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    if MODEL_CLASSES[name][0] is RNNSeq2SeqConfig:
+        common |= {"decoder_start_token_id": BOS}
+    else:
+        common |= {"num_labels": 4}
+    return MODEL_CLASSES[name][0](**(common | options))
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options):
+    """A tiny model in evaluation mode whose parameters, biases included, are all far from zero."""
+    torch.manual_seed(seed)
+    model = MODEL_CLASSES[name][1](make_config(name, **options)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def options_of(name: str) -> list[dict]:
+    """The options of a class: all cells, directions and residuals; for seq2seq all decoders, scores and heads."""
+    if MODEL_CLASSES[name][0] is RNNConfig:
+        directions = [False] if name == "RNNForCausalLM" else [False, True]
+        return [
+            {"cell_type": cell, "bidirectional": bidirectional, "residual": residual}
+            for cell, bidirectional, residual in itertools.product(RECURRENT_CELLS, directions, [False, True])
+        ]
+    options = [decoder | {"cell_type": cell} for decoder in DECODERS for cell in RECURRENT_CELLS]
+    options += [decoder | {"attention_score": score} for decoder in DECODERS for score in ATTENTION_SCORES]
+    options += [decoder | {"num_attention_heads": 2, "residual": True} for decoder in DECODERS]
+    options += [decoder | {"encoder_bidirectional": False, "attention_score": "dot"} for decoder in DECODERS]
+    options += [{"encoder_layers": 1, "decoder_layers": 3}, {"encoder_layers": 3, "decoder_layers": 1}]
+    return options
+
+
+def cases(*names: str) -> list[tuple[str, dict]]:
+    """Pairs of class name and options; of all classes where none is named."""
+    return [(name, options) for name in names or MODEL_CLASSES for options in options_of(name)]
+
+
+def case_id(value) -> str:
+    """A readable pytest id for a class name or its options."""
+    if isinstance(value, dict):
+        return "-".join(f"{key}={item}" for key, item in value.items()) or "default"
+    return str(value)
+
+
+def make_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, padding and special ones included."""
+    return torch.randint(0, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_mask(seq_length: int = 7) -> torch.Tensor:
+    """Rows without padding, with padding at the right, at the left, in the middle, at both ends, and nothing else."""
+    mask = torch.ones(6, seq_length, dtype=torch.long)
+    mask[1, -3:] = 0
+    mask[2, :2] = 0
+    mask[3, 2:4] = 0
+    mask[4, [0, 3, -1]] = 0
+    mask[5] = 0
+    return mask
+
+
+def make_inputs(name: str, batch: int = 6, seq_length: int = 7, with_labels: bool = True, seed: int = 0) -> dict:
+    """Inputs for a forward of the class `name`, with labels of the right kind."""
+    _, model_class = MODEL_CLASSES[name]
+    choices = (3,) if name == "RNNForMultipleChoice" else ()
+    inputs = {"input_ids": make_tokens(batch, *choices, seq_length, seed=seed)}
+    if MODEL_CLASSES[name][0] is RNNSeq2SeqConfig:
+        inputs["decoder_input_ids"] = make_tokens(batch, seq_length - 2, seed=seed + 1)
+    if not with_labels:
+        return inputs
+    parameters = inspect.signature(model_class.forward).parameters
+    generator = torch.Generator().manual_seed(seed + 2)
+    if "start_positions" in parameters:
+        inputs["start_positions"] = torch.zeros(batch, dtype=torch.long)
+        inputs["end_positions"] = torch.zeros(batch, dtype=torch.long)
+    elif "labels" in parameters:
+        shape, high = {
+            "RNNForSequenceClassification": ((batch,), 4),
+            "RNNForMultipleChoice": ((batch,), 3),
+            "RNNForTokenClassification": ((batch, seq_length), 4),
+            "RNNSeq2SeqForConditionalGeneration": ((batch, seq_length - 2), VOCAB_SIZE),
+        }.get(name, ((batch, seq_length), VOCAB_SIZE))
+        inputs["labels"] = torch.randint(0, high, shape, generator=generator)
+    return inputs

@@ -1,0 +1,225 @@
+"""Pooling and attention against NumPy: padding gets exactly nothing, in every precision."""
+
+import numpy as np
+import pytest
+import torch
+from matrix import make_config, make_mask
+from reference import POOLINGS, SCORES, attend, part, pool, to_numpy
+
+from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS
+from hf_rnn.attention import Attention
+from hf_rnn.configuration_rnn import POOLING_TYPES
+from hf_rnn.pooling import SequencePooling
+from hf_rnn.recurrent_layer import Padding, RecurrentLayer
+
+
+SEQ = 7
+FLOATS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+PRECISIONS = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+DIRECTIONS = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_direction", "two_directions"])
+# Widths of queries and keys and the number of heads; equal widths need no map before a dot product.
+SIZES = [(6, 6, 1), (6, 12, 1), (6, 6, 3), (6, 12, 2), (6, 12, 6)]
+
+
+def randomize(module, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# Pooling.
+
+
+def test_every_pooling_has_a_reference():
+    assert POOLINGS.keys() == set(POOLING_TYPES)
+
+
+@pytest.mark.parametrize("pooling", POOLING_TYPES)
+@DIRECTIONS
+def test_pooling_is_the_equations(pooling, bidirectional):
+    """On the outputs of a layer of each kind, with every kind of padding and without a mask."""
+    for cell_type in RECURRENT_CELLS:
+        layer = randomize(RecurrentLayer(make_config("RNNModel", cell_type=cell_type), 5, 0, bidirectional).double())
+        module = randomize(SequencePooling(pooling, layer.output_size, bidirectional).double())
+        for mask in (None, make_mask(SEQ), make_mask(SEQ)[:1]):
+            batch = 6 if mask is None else len(mask)
+            outputs, _, _ = layer(random(batch, SEQ, 5), padding=Padding.from_attention_mask(mask, SEQ))
+            array_mask = np.ones((batch, SEQ)) if mask is None else mask.numpy()
+            expected = pool(pooling, to_numpy(module), outputs.detach().numpy(), array_mask, bidirectional)
+            actual = module(outputs, mask).detach().numpy()
+            assert actual.shape == expected.shape == (batch, module.output_size)
+            np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-12, err_msg=cell_type)
+
+
+@pytest.mark.parametrize("pooling", POOLING_TYPES)
+@PRECISIONS
+def test_pooling_in_every_precision(pooling, dtype):
+    """Near the equations in NumPy, finite for rows without a token, and in the type of the outputs."""
+    module = randomize(SequencePooling(pooling, 8, False)).to(dtype)
+    mask = make_mask(SEQ)
+    outputs = random(6, SEQ, 8, dtype=dtype)
+    # What layers do: the last output stands at the end, and nothing where there is none.
+    outputs[:, -1] = (outputs * (mask.cumsum(1) * mask == mask.sum(1, keepdim=True)).unsqueeze(-1)).sum(1)
+    outputs[5, -1] = 0
+    pooled = module(outputs, mask)
+    assert pooled.dtype == dtype
+    expected = pool(pooling, to_numpy(module), outputs.double().numpy(), mask.numpy(), False)
+    tolerance = FLOATS[dtype]
+    np.testing.assert_allclose(pooled.detach().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("pooling", [name for name in POOLING_TYPES if name not in ("last", "concat")])
+@PRECISIONS
+def test_padding_does_not_enter_a_pool(pooling, dtype):
+    """Large numbers at the padding: neither results nor gradients change, and the padding gets no gradient."""
+    module = randomize(SequencePooling(pooling, 8, False)).to(dtype)
+    mask = make_mask(SEQ)
+    padding = (mask == 0).unsqueeze(-1)
+    outputs = random(6, SEQ, 8, dtype=dtype)
+    found = []
+    for filled in (outputs, outputs.masked_fill(padding, 1e4), outputs.masked_fill(padding, -1e4)):
+        filled.requires_grad_()
+        pooled = module(filled, mask)
+        (gradient,) = torch.autograd.grad((pooled * random(6, 8, seed=1, dtype=dtype)).sum(), filled)
+        assert (gradient.masked_select(padding) == 0).all()
+        assert torch.isfinite(gradient).all()
+        found.append((pooled, gradient))
+    for pooled, gradient in found[1:]:
+        assert torch.equal(pooled, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+
+
+# Attention.
+
+
+def make_attention(name: str, sizes: tuple, dtype: torch.dtype = torch.float64) -> Attention:
+    return randomize(Attention(ATTENTION_SCORES[name](*sizes))).to(dtype)
+
+
+@pytest.mark.parametrize("name", ATTENTION_SCORES)
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "{}-{}-{}heads".format(*sizes))
+def test_scores_are_the_equations(name, sizes):
+    """Scores without a mask, from the published formula, for each head."""
+    query_size, key_size, heads = sizes
+    attention = make_attention(name, sizes)
+    queries, keys = random(3, 4, query_size), random(3, SEQ, key_size, seed=1)
+    memory = attention.prepare(keys, None)
+    projected = attention.score.project_queries(queries)
+    projected = projected.view(3, 4, heads, -1).transpose(1, 2)
+    actual = attention.score.compare(projected, memory.keys).detach().numpy()
+    assert actual.shape == (3, heads, 4, SEQ)
+    weights = part(to_numpy(attention), "score")
+    for row in range(3):
+        for position in range(4):
+            expected = SCORES[name](weights, queries[row, position].numpy(), keys[row].numpy(), heads)
+            np.testing.assert_allclose(actual[row, :, position], expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ATTENTION_SCORES)
+@PRECISIONS
+def test_attention_is_the_equations(name, dtype):
+    """Contexts and weights of every head over sources with every kind of padding, in every precision."""
+    # Scores of moderate size, as a trained model has them: the precision of the softmax is that of its input.
+    tolerance = FLOATS[dtype]
+    for sizes in SIZES:
+        query_size, key_size, heads = sizes
+        attention = make_attention(name, sizes)
+        with torch.no_grad():
+            for parameter in attention.parameters():
+                parameter.mul_(0.3)
+        attention = attention.to(dtype)
+        for mask in (None, make_mask(SEQ)):
+            queries, values = random(6, 4, query_size, dtype=dtype), random(6, SEQ, key_size, seed=1, dtype=dtype)
+            context, alphas = attention(queries, attention.prepare(values, mask))
+            assert context.dtype == alphas.dtype == dtype
+            assert context.shape == (6, 4, key_size)
+            assert alphas.shape == (6, heads, 4, SEQ)
+            weights = part(to_numpy(attention), "score")
+            array_mask = np.ones((6, SEQ)) if mask is None else mask.numpy()
+            for row in range(6):
+                for position in range(4):
+                    query, memory = queries[row, position].double().numpy(), values[row].double().numpy()
+                    expected = attend(name, weights, query, memory, array_mask[row], heads)
+                    for actual, reference in zip((context[row, position], alphas[row, :, position]), expected):
+                        np.testing.assert_allclose(
+                            actual.detach().double(), reference, rtol=tolerance, atol=3 * tolerance, err_msg=str(sizes)
+                        )
+
+
+@pytest.mark.parametrize("name", ATTENTION_SCORES)
+@PRECISIONS
+def test_padding_gets_no_weight(name, dtype):
+    """
+    Exactly zero at padding, rows that sum to one over the tokens, zeros in place of NaN for a source without any; and
+    what lies under the padding changes nothing and gets no gradient, however large it is.
+    """
+    for sizes in SIZES:
+        attention = make_attention(name, sizes, dtype)
+        mask = make_mask(SEQ)
+        padding = (mask == 0).unsqueeze(-1)
+        queries, values = random(6, 4, sizes[0], dtype=dtype), random(6, SEQ, sizes[1], seed=1, dtype=dtype)
+        found = []
+        for filled in (values, values.masked_fill(padding, 50), values.masked_fill(padding, -50)):
+            leaves = [tensor.clone().requires_grad_() for tensor in (queries, filled)]
+            context, alphas = attention(leaves[0], attention.prepare(leaves[1], mask))
+            assert (alphas.masked_select(mask[:, None, None] == 0) == 0).all(), sizes
+            sums = alphas.double().sum(-1)
+            torch.testing.assert_close(sums[:5], torch.ones_like(sums[:5]), rtol=0, atol=FLOATS[dtype])
+            assert (sums[5] == 0).all(), sizes
+            assert (context[5] == 0).all(), sizes
+            objective = (context * random(*context.shape, seed=2, dtype=dtype)).sum()
+            gradients = torch.autograd.grad(objective, [*leaves, *attention.parameters()])
+            assert all(torch.isfinite(gradient).all() for gradient in gradients), sizes
+            assert (gradients[1].masked_select(padding) == 0).all(), sizes
+            assert (gradients[0][5] == 0).all(), sizes
+            found.append((context, alphas, *gradients))
+        for results in found[1:]:
+            for actual, expected in zip(results, found[0], strict=True):
+                assert torch.equal(actual, expected), sizes
+
+
+@pytest.mark.parametrize("name", ATTENTION_SCORES)
+@PRECISIONS
+def test_large_scores_stay_finite(name, dtype):
+    """Scores far apart give one token all of the weight, and no NaN in the forward or in the backward."""
+    attention = make_attention(name, (6, 6, 2), dtype)
+    queries, values = random(6, 4, 6, dtype=dtype) * 30, random(6, SEQ, 6, seed=1, dtype=dtype) * 30
+    queries.requires_grad_()
+    context, alphas = attention(queries, attention.prepare(values, make_mask(SEQ)))
+    assert torch.isfinite(context).all()
+    sums = alphas.double().sum(-1)[:5]
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=FLOATS[dtype])
+    (gradient,) = torch.autograd.grad(context.sum(), queries)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ATTENTION_SCORES)
+def test_heads_are_separate(name):
+    """A head reads its own part of queries, keys and values only: another part changes only that head's context."""
+    attention = make_attention(name, (6, 6, 3))
+    queries, values = random(2, 4, 6), random(2, SEQ, 6, seed=1)
+    context, _ = attention(queries, attention.prepare(values, None))
+    memory = attention.prepare(values, None)
+    changed = memory._replace(values=memory.values.clone(), keys=memory.keys.clone())
+    changed.values[:, 1] += 1
+    changed.keys[:, 1] *= -1
+    other, _ = attention(queries, changed)
+    different = (context != other).any(0).any(0)
+    assert different.tolist() == [False, False, True, True, False, False]
+
+
+def test_the_mask_may_have_any_type():
+    """Non-zero means a token: as integers, booleans or floats."""
+    attention = make_attention("general", (6, 6, 1))
+    pooling = SequencePooling("mean", 6, False)
+    queries, values, mask = random(6, 4, 6), random(6, SEQ, 6, seed=1), make_mask(SEQ)
+    expected, _ = attention(queries, attention.prepare(values, mask))
+    for other in (mask.bool(), mask.float(), mask.to(torch.int32)):
+        assert torch.equal(attention(queries, attention.prepare(values, other))[0], expected)
+        assert torch.equal(pooling(values, other), pooling(values, mask))
