@@ -29,6 +29,7 @@ from .modeling_rnn_seq2seq import RNNSeq2SeqForConditionalGeneration, RNNSeq2Seq
 from .recurrent_cells import RECURRENT_CELLS
 from .recurrent_layer import loop_only
 
+
 __version__ = "0.1.0"
 
 # Configuration, then each class with the Auto classes that find it; the first of them is the one that a checkpoint with

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_checks import check_at_least, check_one_of, check_recurrence, raises_value_error
 
+
 POOLING_TYPES = ("last", "mean", "max", "concat", "attention")
 
 

@@ -23,6 +23,7 @@ from .recurrent_cache import cache_to_fill, is_recording, read_state, write_stat
 from .recurrent_layer import HiddenStates, Padding, make_layers
 from .recurrent_model import GenerationMasks, RecurrentPreTrainedModel, select_positions, vocabulary_projection
 
+
 logger = logging.get_logger(__name__)
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
+
 State = tuple[torch.Tensor, ...]
 
 

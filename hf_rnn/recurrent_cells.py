@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+
 State = tuple[torch.Tensor, ...]
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State
 
+
 # cuDNN copies parameters that do not lie in one piece at each call, and says so each time; they are apart on purpose,
 # under their own names.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk of memory")

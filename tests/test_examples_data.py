@@ -15,17 +15,16 @@ import pytest
 pytest.importorskip("datasets")
 pytest.importorskip("sacrebleu")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+
+from transformers import AutoTokenizer, TrainerControl, TrainerState  # noqa: E402
 
 import language_model  # noqa: E402
 import training_helpers  # noqa: E402
 import translate  # noqa: E402
+from hf_rnn import RNNConfig, RNNSeq2SeqConfig  # noqa: E402
 from subword_tokenizer import token_pieces, train_character_tokenizer, train_subword_tokenizer  # noqa: E402
 from text_pairs import DataError, pairs_from_hub, read_pairs, read_text  # noqa: E402
 from training_helpers import UsageError, parse_arguments  # noqa: E402
-from transformers import AutoTokenizer, TrainerControl, TrainerState  # noqa: E402
-
-from hf_rnn import RNNConfig, RNNSeq2SeqConfig  # noqa: E402
 
 
 # A line separator and a narrow no-break space must not end a line or vanish.
@@ -389,6 +388,7 @@ class TestStopping:
 def test_heat_map(tmp_path):
     pytest.importorskip("matplotlib")
     import torch
+
     from attention_plot import fonts_for, plot_attention
 
     assert fonts_for("abc é")[0] == "DejaVu Sans"

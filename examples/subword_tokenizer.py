@@ -1,0 +1,94 @@
+"""Trains small tokenizers with `tokenizers` and wraps them so that `AutoTokenizer` loads what they save.
+
+Both kinds are exact: `decode(encode(text))` is the text again, whatever white space or symbols it has (the tokenizer of
+characters as far as it has seen the characters).
+"""
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # with the ids 0 to 3
+
+# A word takes the space before it and an apostrophe after it (l'|ami, don'|t); digits stand alone; a run of other signs
+# takes any white space before it, so that a narrow no-break space and the sign it belongs to can become one token.
+PIECES = r" ?[\p{L}\p{M}]+['’]?|\s?\p{N}|\s?[^\s\p{L}\p{M}\p{N}]+|\s"
+
+
+def train_subword_tokenizer(
+    texts: Iterable[str], vocab_size: int, normalization: str | None = None, add_eos: bool = True
+) -> PreTrainedTokenizerFast:
+    """
+    Trains a byte-level BPE tokenizer; it has no unknown tokens. The same texts give the same tokenizer.
+
+    Args:
+        texts (`Iterable[str]`): The training text, for translation of both languages.
+        vocab_size (`int`): Number of tokens, at least 260 (256 bytes and 4 special tokens); fewer if the text is short.
+        normalization (`str`, *optional*):
+            `"nfc"`, `"nfkc"` or `"lowercase"`, applied before anything else; decoding then gives the normalised text.
+        add_eos (`bool`, *optional*, defaults to `True`): Whether every encoded text ends with `</s>`.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    minimum = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < minimum:
+        raise ValueError(f"`vocab_size` must be at least {minimum} (bytes and special tokens), got {vocab_size}.")
+    normalizer_classes = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC, "lowercase": normalizers.Lowercase}
+    if normalization is not None and normalization not in normalizer_classes:
+        raise ValueError(f"`normalization` must be one of {sorted(normalizer_classes)}, got {normalization!r}.")
+
+    tokenizer = Tokenizer(models.BPE())
+    # The space in front makes the first word of a sentence the same token as elsewhere; decoding takes it off again.
+    first = [] if normalization is None else [normalizer_classes[normalization]()]
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Prepend(" ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer, add_eos)
+
+
+def train_character_tokenizer(texts: Iterable[str], add_eos: bool = False) -> PreTrainedTokenizerFast:
+    """Makes a tokenizer with one token for each character of `texts`, in code point order; others become `<unk>`."""
+    characters = sorted(set().union(*texts))
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer, add_eos)
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) -> list[str]:
+    """A label for each token of a subword tokenizer: its text without white space; `-` leads what continues a word."""
+    byte_decoder, special_ids = decoders.ByteLevel(), set(tokenizer.all_special_ids)
+    labels = []
+    for token_id in token_ids:
+        token = tokenizer.convert_ids_to_tokens(int(token_id))
+        piece = token if token_id in special_ids else byte_decoder.decode([token])
+        continues = token_id not in special_ids and piece[:1].isalnum() and labels
+        labels.append("-" + piece if continues else piece.strip() or "␣")
+    return labels
+
+
+def _wrap(tokenizer: Tokenizer, add_eos: bool) -> PreTrainedTokenizerFast:
+    if add_eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, SPECIAL_TOKENS.index(EOS))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,  # it would take out spaces before punctuation
+        model_input_names=["input_ids", "attention_mask"],  # recurrent models have no token_type_ids
+    )

@@ -1,0 +1,253 @@
+"""What the training scripts share: arguments, one-line errors, stopping and resuming, averaging of checkpoints."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import disable_progress_bar
+
+from text_pairs import DataError
+
+
+TRAINER_STATE_NAME = "trainer_state.json"
+# Lies in a checkpoint that was saved because of a signal, not by `save_strategy`.
+INTERRUPTED_NAME = "interrupted"
+
+
+class UsageError(ValueError):
+    """Options that cannot work; shown as one line."""
+
+
+def say(*values: Any) -> None:
+    """Prints on the main process alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*values, flush=True)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Runs `main` and exits with its status: 2 with one line `error: ...` for bad data or options, 130 after Ctrl-C."""
+    disable_progress_bar()  # those of loading and saving; training keeps its own
+    try:
+        status = main()
+    except (DataError, UsageError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        say(f"\nInterrupted. If the run has saved a checkpoint, this continues from it:\n  {resume_command()}")
+        status = 130
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(status)
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple:
+    """
+    Parses options into one instance per dataclass. The first argument may be a JSON file with options; options after it
+    override what the file says. Raises `UsageError` for an unknown key or for values that do not fit together.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types, description=description)
+    if argv and argv[0].endswith(".json"):
+        path = argv.pop(0)
+        try:
+            options = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such file") from None
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise UsageError(f"{path}: unknown options {', '.join(unknown)}")
+        parser.set_defaults(**options)
+    try:
+        return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def load_pretrained(auto_class: type, name: str) -> Any:
+    """`auto_class.from_pretrained(name)`; `UsageError` where that is not possible."""
+    try:
+        return auto_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """
+    The checkpoint that `--resume_from_checkpoint` means: a path, or with `true` the last complete one in the output
+    folder. None for a new run, for which the output folder must be empty or `--overwrite_output_dir` given; the latter
+    removes the checkpoints of the run before.
+    """
+    wanted = args.resume_from_checkpoint
+    wanted = wanted.lower() if str(wanted).lower() in ("true", "false") else wanted
+    if wanted not in (None, False, "false"):
+        checkpoint = last_checkpoint(args.output_dir) if wanted in (True, "true") else wanted
+        if checkpoint is None:
+            raise UsageError(f"there is no complete checkpoint in {args.output_dir} to resume from")
+        if not _is_complete(checkpoint):
+            raise UsageError(f"{checkpoint} is not a complete checkpoint")
+        return checkpoint
+    if args.process_index == 0 and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+        if not args.overwrite_output_dir:
+            raise UsageError(
+                f"{args.output_dir} is not empty: give --resume_from_checkpoint true to continue the run in it, "
+                "--overwrite_output_dir to start anew, or another --output_dir"
+            )
+        for checkpoint in _checkpoints(args.output_dir):
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The complete checkpoint with the most steps; one that was cut off while it was written does not count."""
+    complete = [checkpoint for checkpoint in _checkpoints(output_dir) if _is_complete(checkpoint)]
+    return str(complete[-1]) if complete else None
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """All checkpoint folders, by steps."""
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[11:]))
+
+
+def _is_complete(checkpoint: str | Path) -> bool:
+    try:  # the Trainer writes this file last
+        return "global_step" in json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def average_checkpoints(model: PreTrainedModel, output_dir: str | Path, count: int) -> list[str]:
+    """
+    Puts the mean of the weights of the last `count` checkpoints into `model`. Checkpoints that only a Ctrl-C caused are
+    left out. Returns the names of those used.
+    """
+    checkpoints = [
+        path for path in _checkpoints(output_dir) if _is_complete(path) and not (path / INTERRUPTED_NAME).exists()
+    ][-count:]
+    if not checkpoints:
+        raise UsageError(f"there is no checkpoint in {output_dir} to average")
+    mean: dict[str, torch.Tensor] = {}
+    for checkpoint in checkpoints:
+        state = type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                mean[name] = mean.get(name, 0) + tensor / len(checkpoints)
+            else:
+                mean[name] = tensor
+    model.load_state_dict(mean)
+    return [path.name for path in checkpoints]
+
+
+def resume_command() -> str:
+    """The command line of this run with `--resume_from_checkpoint true` in place of what it said about that."""
+    words, skip_value = [], False
+    for word in sys.argv:
+        name = word.partition("=")[0].replace("-", "_")
+        is_dropped = name in ("__resume_from_checkpoint", "__overwrite_output_dir")
+        if not is_dropped and not (skip_value and not word.startswith("--")):
+            words.append(word)
+        skip_value = is_dropped and "=" not in word
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return shlex.join([*launcher, *words, "--resume_from_checkpoint", "true"])
+
+
+def report_stop(trainer: Trainer) -> None:
+    """Says where a run stopped and how to continue it."""
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    say(f"\nStopped after step {trainer.state.global_step}, saved in {checkpoint}. To continue:\n  {resume_command()}")
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    On Ctrl-C (or SIGTERM) finishes the step under way, saves a checkpoint and stops; `requested` is then true. A second
+    Ctrl-C stops at once. With several processes all stop after the same step.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._first_signal = None
+        self._saved_step = None
+        self._is_extra_save = False
+        self._handlers = {}
+
+    def _on_signal(self, signal_number, frame):
+        # torchrun passes on the Ctrl-C that its children have already received.
+        if self._first_signal is not None and time.monotonic() - self._first_signal > 2:
+            raise KeyboardInterrupt
+        if self._first_signal is None:
+            self._first_signal = time.monotonic()
+            say("\nStopping after this step and saving a checkpoint; Ctrl-C again stops at once, without saving.")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _agree(self, args) -> bool:
+        self.requested = self.requested or self._first_signal is not None
+        if args.world_size > 1:
+            requested = torch.tensor(int(self.requested), device=args.device)
+            torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
+            self.requested = bool(requested.item())
+        return self.requested
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # After the last step of an epoch the Trainer evaluates and saves by itself, which `on_epoch_end` waits for.
+        if self._agree(args) and not float(state.epoch).is_integer():
+            self._saved_step = state.global_step
+            self._is_extra_save = not control.should_save
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._saved_step == state.global_step:  # the epoch was cut off: it has no end to evaluate or save
+            control.should_evaluate = control.should_save = False
+        elif self._agree(args):
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if not args.should_save:
+            return
+        current = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        for checkpoint in _checkpoints(args.output_dir):  # of an earlier interruption, and now superseded
+            if checkpoint != current and (checkpoint / INTERRUPTED_NAME).exists():
+                shutil.rmtree(checkpoint)
+        if self._saved_step == state.global_step and self._is_extra_save:
+            (current / INTERRUPTED_NAME).touch()
+
+
+class SeedSamplerByEpoch(TrainerCallback):
+    """
+    Gives the sampler of `train_sampling_strategy="group_by_length"` a generator that depends on the seed and the epoch
+    alone. Without it a resumed epoch would see its batches in another order than the epoch that was interrupted.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        batch_sampler = train_dataloader.batch_sampler
+        while hasattr(batch_sampler, "batch_sampler"):  # wrapped once for each process
+            batch_sampler = batch_sampler.batch_sampler
+        sampler = getattr(batch_sampler, "sampler", None)
+        if args.train_sampling_strategy == "group_by_length" and hasattr(sampler, "generator"):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed + 1000003 * int(state.epoch or 0))
