@@ -79,6 +79,13 @@ def parse_arguments(
         raise UsageError(str(error)) from error
 
 
+def prefers_bf16() -> bool:
+    """Whether there is no GPU, but a CPU that multiplies bfloat16: matrix products then take half the time."""
+    if torch.accelerator.is_available() or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
 def load_pretrained(auto_class: type, name: str) -> Any:
     """`auto_class.from_pretrained(name)`; `UsageError` where that is not possible."""
     try:
