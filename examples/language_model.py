@@ -38,6 +38,7 @@ from hf_rnn import RNNConfig
 from subword_tokenizer import train_character_tokenizer, train_subword_tokenizer
 from text_pairs import read_text
 from training_helpers import (
+    MixedPrecisionArguments,
     StopOnSignal,
     UsageError,
     checkpoint_to_resume,
@@ -110,7 +111,7 @@ class SamplingArguments:
 
 
 @dataclass
-class LanguageModelTrainingArguments(TrainingArguments):
+class LanguageModelTrainingArguments(MixedPrecisionArguments, TrainingArguments):
     """`TrainingArguments` with defaults for a small recurrent language model on a CPU."""
 
     output_dir: str | None = field(default="outputs/language-model", metadata={"help": "Where everything is written."})

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,18 @@ def prefers_bf16() -> bool:
     if torch.accelerator.is_available() or not hasattr(torch.cpu, "get_capabilities"):
         return False
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+@dataclass
+class MixedPrecisionArguments:
+    """To be put before `TrainingArguments`: mixed precision by default on a CPU that is made for it, not on a GPU."""
+
+    bf16: bool = field(default=prefers_bf16(), metadata={"help": "Mixed precision; default: on a CPU made for it."})
+
+    def __post_init__(self):
+        # The Trainer wants to hear that a CPU is meant before it lets one compute in bfloat16.
+        self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
+        super().__post_init__()
 
 
 def load_pretrained(auto_class: type, name: str) -> Any:

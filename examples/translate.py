@@ -44,6 +44,7 @@ from hf_rnn import RNNSeq2SeqConfig
 from subword_tokenizer import token_pieces, train_subword_tokenizer
 from text_pairs import DataError, pairs_from_hub, read_pairs
 from training_helpers import (
+    MixedPrecisionArguments,
     SeedSamplerByEpoch,
     StopOnSignal,
     UsageError,
@@ -51,7 +52,6 @@ from training_helpers import (
     checkpoint_to_resume,
     load_pretrained,
     parse_arguments,
-    prefers_bf16,
     report_stop,
     run_script,
     say,
@@ -161,7 +161,7 @@ class GenerationArguments:
 
 
 @dataclass
-class TranslationTrainingArguments(Seq2SeqTrainingArguments):
+class TranslationTrainingArguments(MixedPrecisionArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with defaults for a small recurrent translator on a CPU."""
 
     output_dir: str | None = field(default="outputs/translator", metadata={"help": "Where everything is written."})
@@ -172,10 +172,6 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Sentence pairs per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Sentences per evaluation batch."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
-    bf16: bool = field(
-        default=prefers_bf16(),
-        metadata={"help": "Mixed precision; default: on a CPU made for it."},
-    )
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
@@ -204,8 +200,6 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
 
     def __post_init__(self):
-        # The Trainer wants to hear that a CPU is meant before it lets one compute in bfloat16.
-        self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
         super().__post_init__()
         if self.average_checkpoints > 1 and self.save_total_limit is not None:
             # One more for the best checkpoint, one for a Ctrl-C.

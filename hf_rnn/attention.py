@@ -174,7 +174,15 @@ class Attention(nn.Module):
         Args:
             features (`torch.Tensor` of shape `(batch, source, key_size)`): What to attend to.
             mask (`torch.Tensor` of shape `(batch, source)`, *optional*): Non-zero where there is a token.
+
+        Raises:
+            `ValueError`: The mask has another shape.
         """
+        if mask is not None and mask.shape != features.shape[:2]:
+            raise ValueError(
+                f"`attention_mask` must have the shape {tuple(features.shape[:2])} of the source, got "
+                f"{tuple(mask.shape)}."
+            )
         heads = self.score.num_heads
         keys = split_heads(self.score.project_keys(features), heads)
         return AttentionMemory(keys, split_heads(features, heads), None if mask is None else mask.bool()[:, None, None])

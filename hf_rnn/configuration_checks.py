@@ -1,9 +1,19 @@
 """Checks that the configurations share. Imports neither torch nor, at import time, anything of the package."""
 
+import contextlib
 import functools
 import math
 
 from huggingface_hub.errors import StrictDataclassError
+
+
+@contextlib.contextmanager
+def value_errors(config_class):
+    """Within this context whatever makes a configuration invalid is a `ValueError`."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{config_class.__name__}: {error}") from error
 
 
 def raises_value_error(config_class):
@@ -12,13 +22,22 @@ def raises_value_error(config_class):
 
     @functools.wraps(init)
     def checked_init(self, *args, **kwargs):
-        try:
+        with value_errors(config_class):
             init(self, *args, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(f"{config_class.__name__}: {error}") from error
 
     config_class.__init__ = checked_init
     return config_class
+
+
+class CheckedOnLoading:
+    """To be put before `PreTrainedConfig`: fields that are overridden on loading are checked as those of a new one."""
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        with value_errors(cls):
+            loaded = super().from_dict(config_dict, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        return loaded
 
 
 def check_at_least(config, minimum: int, *fields: str) -> None:
@@ -56,7 +75,7 @@ def check_recurrence(config) -> None:
     # Imported here, so that reading a configuration file needs no torch: the table of cells is open.
     from .recurrent_cells import RECURRENT_CELLS
 
-    check_at_least(config, 1, "vocab_size", "embedding_size", "hidden_size")
+    check_at_least(config, 1, "vocab_size", "hidden_size", "embedding_size")
     check_one_of(config, "cell_type", RECURRENT_CELLS)
     check_dropouts(config)
     check_finite(config, "initializer_range", positive=True)

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_checks import check_at_least, check_one_of, check_recurrence, raises_value_error
+from .configuration_checks import CheckedOnLoading, check_at_least, check_one_of, check_recurrence, raises_value_error
 
 
 POOLING_TYPES = ("last", "mean", "max", "concat", "attention")
@@ -11,7 +11,7 @@ POOLING_TYPES = ("last", "mean", "max", "concat", "attention")
 
 @raises_value_error
 @strict
-class RNNConfig(PreTrainedConfig):
+class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     r"""
     Configuration of a stack of recurrent layers over token embeddings, for [`RNNModel`] and the heads on it.
 

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_checks import check_at_least, check_one_of, check_recurrence, raises_value_error
+from .configuration_checks import CheckedOnLoading, check_at_least, check_one_of, check_recurrence, raises_value_error
 
 
 DECODER_TYPES = ("luong", "bahdanau", "gnmt")
@@ -11,7 +11,7 @@ DECODER_TYPES = ("luong", "bahdanau", "gnmt")
 
 @raises_value_error
 @strict
-class RNNSeq2SeqConfig(PreTrainedConfig):
+class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     r"""
     Configuration of a recurrent encoder-decoder with attention, for [`RNNSeq2SeqModel`] and its head.
 

@@ -98,7 +98,7 @@ class RNNModel(RNNPreTrainedModel):
             use_cache = False
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
         seq_length = inputs_embeds.shape[1]
-        padding = Padding.from_attention_mask(attention_mask, seq_length)
+        padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         for layer_idx, layer in enumerate(self.layers):
             state = read_state(past_key_values, layer_idx, layer.state_sizes)
@@ -155,7 +155,8 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         Args:
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache: As in [`RNNModel`].
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
-                The tokens themselves (they are shifted here); -100 where there is nothing to predict.
+                The tokens themselves (they are shifted here); -100 where there is nothing to predict. The first token
+                of a text is never predicted.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 How many positions at the end, or which, to compute logits for; 0 for all.
 
@@ -173,6 +174,10 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         logits = self.lm_head(self.projection(select_positions(outputs.last_hidden_state, logits_to_keep)))
         loss = None
         if labels is not None:
+            if attention_mask is not None and past_key_values is None:
+                # Nothing stands before the first token of a text from which to predict it, padding at the left neither.
+                mask = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :].bool()
+                labels = labels.masked_fill(mask & (mask.cumsum(1) == 1), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -327,7 +332,7 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
         super().__init__(config)
         self.model = RNNModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.qa_outputs = nn.Linear(config.output_size, 2)
+        self.qa_outputs = nn.Linear(config.output_size, 2, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -377,7 +382,7 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
         self.model = RNNModel(config)
         self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.classifier = nn.Linear(self.pooling.output_size, 1)
+        self.classifier = nn.Linear(self.pooling.output_size, 1, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -400,8 +405,15 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
 
         Returns:
             `MultipleChoiceModelOutput`: `loss`, `logits` `(batch, choices)`.
+
+        Raises:
+            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, or a mask of a wrong shape.
         """
-        num_choices = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        shape = (inputs_embeds if input_ids is None else input_ids).shape[:3]
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(f"`attention_mask` must have the shape {tuple(shape)}, got {tuple(attention_mask.shape)}.")
         input_ids, attention_mask, inputs_embeds = (
             None if tensor is None else tensor.flatten(0, 1) for tensor in (input_ids, attention_mask, inputs_embeds)
         )
@@ -409,11 +421,12 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
         )
         pooled = self.pooling(outputs.last_hidden_state, attention_mask)
-        logits = self.classifier(self.dropout(pooled)).view(-1, num_choices)
+        logits = self.classifier(self.dropout(pooled)).view(shape[:2])
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            loss = loss / kwargs.get("num_items_in_batch", labels.numel())
+            num_items = kwargs.get("num_items_in_batch")
+            loss = loss / (labels.numel() if num_items is None else num_items)
         return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

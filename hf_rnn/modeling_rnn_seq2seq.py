@@ -1,5 +1,7 @@
 """The `rnn_seq2seq` family: a recurrent encoder, a recurrent decoder that attends to it, and the head on them."""
 
+import math
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -92,7 +94,7 @@ class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        padding = Padding.from_attention_mask(attention_mask, inputs_embeds.shape[1])
+        padding = Padding.from_attention_mask(attention_mask, inputs_embeds)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         final_states = []
         for layer in self.layers:
@@ -143,6 +145,11 @@ class StateBridge(nn.Module):
             `ValueError`: The states have another width than this encoder's.
         """
         shape = (self.encoder_layers, self.num_directions, self.num_states, self.hidden_size)
+        if final_states.shape[-1] != math.prod(shape):
+            raise ValueError(
+                f"The encoder's final states must have the width {math.prod(shape)} (layers, directions, states and "
+                f"`hidden_size`: {shape}), got {final_states.shape[-1]}."
+            )
         final_states = final_states.unflatten(-1, shape).transpose(2, 3).flatten(3)  # [batch, layer, state, features]
         states = []
         for source, projections in zip(self.sources, self.projections):
@@ -154,15 +161,16 @@ class StateBridge(nn.Module):
 class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
     r"""
     Token embeddings and a stack of recurrent layers that attend to the encoder's output v_1 ... v_S. For the input
-    embedding x_t, the states s_t of the top layer and the context c(q) of a query q:
+    embedding x_t, the outputs s_t of the top layer and the context c(q) of a query q:
 
     - `"luong"`: s_t = layers(x_t), or with input feeding layers([x_t; a_{t-1}]); a_t = tanh(W [c(s_t); s_t])
-    - `"bahdanau"`: c_t = c(s_{t-1}); s_t = layers([x_t; c_t]); a_t = tanh(W [c_t; s_t; x_t])
+    - `"bahdanau"`: c_t = c(h_{t-1}) for the hidden state h of the top layer; s_t = layers([x_t; c_t]);
+      a_t = tanh(W [c_t; s_t; x_t])
     - `"gnmt"`: u_t = first layer(x_t); c_t = c(u_t); every layer above reads [output of the layer below; c_t];
       a_t = s_t
 
     The attentional vector a_t is the output. `"luong"` without input feeding and `"gnmt"` run over a whole target at
-    once, the others step by step.
+    once, the others step by step (and their layers take no part in gradient checkpointing).
 
     Args:
         config (`RNNSeq2SeqConfig`): The configuration.
@@ -259,7 +267,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         recording = is_recording(target, 0)
         memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask)
         seq_length = inputs_embeds.shape[1]
-        padding = Padding.from_attention_mask(attention_mask, seq_length)
+        padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         run = self._run_steps if self.runs_step_by_step else self._run_layers
         outputs, weights, new_states, histories = run(
@@ -271,11 +279,11 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, past_key_values=target)
 
     def _initial_states(self, past_key_values: Cache | None, final_states: torch.Tensor | None) -> list[State]:
-        """The state of each layer; with input feeding, that of the first layer ends with the attentional vector."""
+        """The states of each layer; step by step, those of the first layer end with the last attentional vector."""
         states = []
         for layer_idx, layer in enumerate(self.layers):
             sizes = list(layer.state_sizes)
-            if layer_idx == 0 and self.config.input_feeding:
+            if layer_idx == 0 and self.runs_step_by_step:
                 sizes.append(self.config.hidden_size)
             states.append(read_state(past_key_values, layer_idx, sizes))
         if states[0] is not None:
@@ -286,7 +294,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 "what the encoder of this model returned."
             )
         states = self.bridge(final_states)
-        if self.config.input_feeding:
+        if self.runs_step_by_step:
             states[0] = (*states[0], torch.zeros_like(states[0][0]))
         return states
 
@@ -326,46 +334,49 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         needs_state: bool,
         recording: bool,
     ):
-        """Position by position through all layers."""
+        """Position by position through all layers. At padding the last attentional vector is repeated."""
         feeds = self.config.input_feeding
-        fed = None
-        if feeds:
-            *first, fed = states[0]
-            states = [tuple(first), *states[1:]]
-        states = list(states)
+        *first, vector = states[0]
+        states = [tuple(first), *states[1:]]
         linears = [layer.recurrent_linear(embeddings) for layer in self.layers]
         is_token = [None] * embeddings.shape[1] if padding is None else padding.mask.unsqueeze(-1).unbind(1)
-        contexts, weights, vectors = [], [], []
-        layer_outputs = [[] for _ in self.layers]
-        histories = [[] for _ in self.layers]
+
+        def hold(position: int, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+            return new if is_token[position] is None else torch.where(is_token[position], new, old)
+
+        contexts, weights, vectors, layer_outputs, steps = [], [], [], [], []
         for position, embedding in enumerate(embeddings.unbind(1)):
             if feeds:
-                inputs = torch.cat([embedding, fed], dim=-1)
+                inputs = torch.cat([embedding, vector], dim=-1)
             else:
                 context, weight = self.attention(states[-1][0].unsqueeze(1), memory)
                 inputs = torch.cat([embedding, context.squeeze(1)], dim=-1)
+            outputs = []
             for index, layer in enumerate(self.layers):
                 inputs, states[index] = layer.step(inputs, states[index], is_token[position], linears[index])
-                layer_outputs[index].append(inputs)
+                outputs.append(inputs)
             if feeds:
                 context, weight = self.attention(inputs.unsqueeze(1), memory)
-                vector = self._attentional_vectors(context.squeeze(1), inputs)
-                fed = vector if is_token[position] is None else torch.where(is_token[position], vector, fed)
-                vectors.append(fed)
+                vector = hold(position, self._attentional_vectors(context.squeeze(1), inputs), vector)
+                vectors.append(vector)
             contexts.append(context)
             weights.append(weight)
-            if recording:
-                for index, state in enumerate(states):
-                    histories[index].append((*state, fed) if feeds and index == 0 else state)
-        for layer, outputs in zip(self.layers, layer_outputs):
+            layer_outputs.append(outputs)
+            steps.append(list(states))
+        for layer, outputs in zip(self.layers, zip(*layer_outputs)):
             hidden_states = layer.recorded(torch.stack(outputs, dim=1))
-        if feeds:
-            outputs = torch.stack(vectors, dim=1)
-            states[0] = (*states[0], fed)
-        else:
-            outputs = self._attentional_vectors(torch.cat(contexts, dim=1), hidden_states, embeddings)
-        stacked = [tuple(map(torch.stack, zip(*history))) if recording else None for history in histories]
-        return outputs, torch.cat(weights, dim=2), states, stacked
+        if not feeds:
+            # Nothing waits for these, so that all positions are done at once.
+            all_vectors = self._attentional_vectors(torch.cat(contexts, dim=1), hidden_states, embeddings)
+            for position, new in enumerate(all_vectors.unbind(1)):
+                vector = hold(position, new, vector)
+                vectors.append(vector)
+        for step, step_vector in zip(steps, vectors):
+            step[0] = (*step[0], step_vector)
+        histories = [None] * len(states)
+        if recording:
+            histories = [tuple(map(torch.stack, zip(*layer_steps))) for layer_steps in zip(*steps)]
+        return torch.stack(vectors, dim=1), torch.cat(weights, dim=2), steps[-1], histories
 
 
 class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
@@ -387,6 +398,10 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
         self.encoder = RNNSeq2SeqEncoder(config)
         self.decoder = RNNSeq2SeqDecoder(config)
         self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
+        # Source and target share their embedding whether the projection shares it or not.
+        return super().get_expanded_tied_weights_keys(True) if all_submodels else dict(self._tied_weights_keys)
 
     def get_input_embeddings(self):
         return self.shared

@@ -10,7 +10,7 @@ class SequencePooling(nn.Module):
     without a single token gives zeros (`"last"`: the initial state).
 
     `"last"`: the final hidden state of each direction, that is, the output of the last token read; `"mean"`; `"max"`;
-    `"concat"`: the three before side by side; `"attention"`: a mean with weights softmax(w . h_t + b), after
+    `"concat"`: the three before side by side; `"attention"`: a mean with weights softmax(w . h_t), after
     [Yang et al. (2016)](https://aclanthology.org/N16-1174/).
 
     Args:
@@ -24,7 +24,7 @@ class SequencePooling(nn.Module):
         self.pooling = pooling
         self.bidirectional = bidirectional
         self.output_size = input_size * (3 if pooling == "concat" else 1)
-        self.score = nn.Linear(input_size, 1) if pooling == "attention" else None
+        self.score = nn.Linear(input_size, 1, bias=False) if pooling == "attention" else None
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -58,5 +58,6 @@ class SequencePooling(nn.Module):
 
     def attention(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         scores = self.score(hidden_states).masked_fill(~mask, torch.finfo(hidden_states.dtype).min)
-        weights = torch.softmax(scores.float(), dim=1).to(hidden_states.dtype) * mask
+        weights = torch.softmax(scores, dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        weights = weights.to(hidden_states.dtype) * mask
         return (weights * hidden_states).sum(1)

@@ -1,7 +1,7 @@
 """The state of recurrent layers as layers of a transformers `Cache`. Imports nothing of the package.
 
-`DynamicCache(config=...)`, `StaticCache(config=...)` and `generate` build these layers from `config.layer_types`. What a
-layer holds has the same size however long the text: the first state (the hidden state) in `keys` `[batch, size]`, all
+`DynamicCache(config=...)`, `StaticCache(config=...)` and `generate` build these layers from `config.layer_types`. What
+a layer holds has the same size however long the text: the first state (the hidden state) in `keys` `[batch, size]`, all
 further states side by side in `values` `[batch, size of the rest]`.
 """
 
@@ -27,6 +27,8 @@ class RecurrentStateLayer(CacheLayerMixin):
     """
 
     _layer_type = "recurrent_state"
+    # Known by this and not by the class, of which each checkpoint that brings its own code has another.
+    holds_recurrent_state = True
     is_compileable = True
     is_croppable = True
     is_sliding = False
@@ -215,7 +217,7 @@ def _state_layer(past_key_values: Cache, layer_idx: int) -> RecurrentStateLayer:
     while len(past_key_values.layers) <= layer_idx:
         past_key_values.layers.append(RecurrentStateLayer())
     layer = past_key_values.layers[layer_idx]
-    if not isinstance(layer, RecurrentStateLayer):
+    if not getattr(layer, "holds_recurrent_state", False):
         raise TypeError(
             f"`past_key_values` must hold recurrent states, but its layer {layer_idx} is a {type(layer).__name__}. "
             "Make it with `DynamicCache(config=model.config)`, or leave it out."

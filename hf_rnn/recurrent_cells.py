@@ -55,8 +55,9 @@ class RecurrentCell(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        changes_equations = not {"step", "project_inputs"}.isdisjoint(vars(cls))
-        if changes_equations and "torch_kernel" not in vars(cls):
+        # Whoever names the kernel vouches for the equations; those found before it (mixins too) change them.
+        owner = next(base for base in cls.__mro__ if "torch_kernel" in vars(base))
+        if any(getattr(cls, name) is not getattr(owner, name) for name in ("step", "project_inputs")):
             cls.torch_kernel = None
 
     def extra_repr(self) -> str:

@@ -71,27 +71,29 @@ class Padding:
         self._directions: dict[bool, DirectionIndex] = {}
 
     @classmethod
-    def from_attention_mask(cls, attention_mask: torch.Tensor | None, seq_length: int) -> "Padding | None":
+    def from_attention_mask(
+        cls, attention_mask: torch.Tensor | None, inputs: torch.Tensor, has_past: bool = False
+    ) -> "Padding | None":
         """
         Args:
-            attention_mask (`torch.Tensor` of shape `(batch, at least seq_length)`, *optional*):
-                Non-zero where there is a token. The last `seq_length` columns belong to the present tokens.
-            seq_length (`int`): Number of present positions.
+            attention_mask (`torch.Tensor` of shape `(batch, seq)`, *optional*): Non-zero where there is a token.
+            inputs (`torch.Tensor` of shape `(batch, seq, ...)`): What the mask belongs to.
+            has_past (`bool`): Whether the mask may begin with columns of earlier tokens, which are left out.
 
         Returns:
             `Padding`, or None where nothing is known to be padding.
 
         Raises:
-            `ValueError`: The mask has not two dimensions, or is too short.
+            `ValueError`: The mask has another shape.
         """
         if attention_mask is None:
             return None
-        if attention_mask.dim() != 2 or attention_mask.shape[1] < seq_length:
-            raise ValueError(
-                f"`attention_mask` must have the shape (batch, at least {seq_length}), got "
-                f"{tuple(attention_mask.shape)}."
-            )
-        mask = attention_mask[:, attention_mask.shape[1] - seq_length :].bool()
+        batch, seq = inputs.shape[:2]
+        shape = tuple(attention_mask.shape)
+        if len(shape) != 2 or shape[0] != batch or shape[1] < seq or (shape[1] > seq and not has_past):
+            wanted = f"({batch}, {'past + ' if has_past else ''}{seq})"
+            raise ValueError(f"`attention_mask` must have the shape {wanted}, got {shape}.")
+        mask = attention_mask[:, shape[1] - seq :].bool()
         # Looking at the values costs nothing on a CPU; elsewhere it would wait for the device.
         if mask.device.type != "cpu" or torch.compiler.is_compiling():
             return cls(mask)

@@ -55,9 +55,12 @@ class GenerationMasks:
         """No mask over pairs of positions, with a static cache neither."""
         return attention_mask
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    # `generate` looks at this signature to see whether a prompt may be given as `inputs_embeds`.
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         """The inputs of the next forward, with a mask for just the tokens that it reads."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         prefix = "decoder_" if self.config.is_encoder_decoder else ""
         mask = inputs.get(f"{prefix}attention_mask")
         if mask is not None:

@@ -15,7 +15,9 @@ MODEL_CLASSES = {
     for config_class, model_classes in REGISTRATION.items()
     for model_class in model_classes
 }
-GENERATIVE = [name for name, (_, model_class) in MODEL_CLASSES.items() if hasattr(model_class, "create_masks_for_generate")]
+GENERATIVE = [
+    name for name, (_, model_class) in MODEL_CLASSES.items() if hasattr(model_class, "create_masks_for_generate")
+]
 DECODERS = [
     {"decoder_type": "luong"},
     {"decoder_type": "luong", "input_feeding": True},

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from matrix import make_config, make_mask
-from reference import POOLINGS, SCORES, attend, part, pool, to_numpy
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS
 from hf_rnn.attention import Attention
 from hf_rnn.configuration_rnn import POOLING_TYPES
 from hf_rnn.pooling import SequencePooling
 from hf_rnn.recurrent_layer import Padding, RecurrentLayer
+from matrix import make_config, make_mask
+from reference import POOLINGS, SCORES, attend, part, pool, to_numpy
 
 
 SEQ = 7

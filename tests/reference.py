@@ -1,0 +1,345 @@
+"""NumPy float64 references, written from the published equations: one function per cell and per score.
+
+Models are computed row by row from the tokens alone, so that padding cannot take part by construction. Weights come as
+a dictionary of arrays under the names of the state dict.
+"""
+
+import numpy as np
+
+
+Weights = dict[str, np.ndarray]
+State = tuple[np.ndarray, ...]
+
+CELL_STEPS = {}
+NUM_STATES = {}
+SCORES = {}
+POOLINGS = {}
+
+
+def to_numpy(module) -> Weights:
+    """The state dict of a torch module as float64 arrays."""
+    return {name: tensor.detach().double().numpy() for name, tensor in module.state_dict().items()}
+
+
+def part(weights: Weights, prefix: str) -> Weights:
+    """The weights under `prefix.`, without the prefix."""
+    return {name[len(prefix) + 1 :]: value for name, value in weights.items() if name.startswith(f"{prefix}.")}
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    """W x, and + b where the layer `name` has a bias."""
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+
+# Cells: (weights, input [..., input_size], state) -> state. Gates are stacked in the order of torch.
+
+
+def cell(name: str, num_states: int = 1):
+    def register(step):
+        CELL_STEPS[name], NUM_STATES[name] = step, num_states
+        return step
+
+    return register
+
+
+def gates_of(weights: Weights, source: str, x: np.ndarray, number: int) -> list[np.ndarray]:
+    return np.split(x @ weights[f"weight_{source}"].T + weights[f"bias_{source}"], number, axis=-1)
+
+
+@cell("rnn_tanh")
+def rnn_tanh_step(weights: Weights, x: np.ndarray, state: State) -> State:
+    """Elman (1990)."""
+    (wx,), (wh,) = gates_of(weights, "ih", x, 1), gates_of(weights, "hh", state[0], 1)
+    return (np.tanh(wx + wh),)
+
+
+@cell("rnn_relu")
+def rnn_relu_step(weights: Weights, x: np.ndarray, state: State) -> State:
+    """The same, rectified."""
+    (wx,), (wh,) = gates_of(weights, "ih", x, 1), gates_of(weights, "hh", state[0], 1)
+    return (np.maximum(wx + wh, 0),)
+
+
+@cell("gru")
+def gru_step(weights: Weights, x: np.ndarray, state: State) -> State:
+    """Cho et al. (2014) with the reset gate behind the product, as in torch: reset, update, new."""
+    (h,) = state
+    (rx, zx, nx), (rh, zh, nh) = gates_of(weights, "ih", x, 3), gates_of(weights, "hh", h, 3)
+    r, z = sigmoid(rx + rh), sigmoid(zx + zh)
+    n = np.tanh(nx + r * nh)
+    return ((1 - z) * n + z * h,)
+
+
+@cell("lstm", num_states=2)
+def lstm_step(weights: Weights, x: np.ndarray, state: State) -> State:
+    """Hochreiter and Schmidhuber (1997), Gers et al. (2000): input, forget, cell, output."""
+    h, c = state
+    (ix, fx, gx, ox), (ih, fh, gh, oh) = gates_of(weights, "ih", x, 4), gates_of(weights, "hh", h, 4)
+    c = sigmoid(fx + fh) * c + sigmoid(ix + ih) * np.tanh(gx + gh)
+    return sigmoid(ox + oh) * np.tanh(c), c
+
+
+def run_cell(cell_type: str, weights: Weights, inputs: np.ndarray, state: State, mask: np.ndarray, reverse: bool):
+    """
+    A whole sequence in one direction: a token changes the state, at padding it stays. `inputs` `[batch, seq, size]`,
+    `state` arrays `[batch, hidden]`, `mask` `[batch, seq]`. Returns the states after reading each position, arrays
+    `[batch, seq, hidden]`, and the final ones.
+    """
+    passed = [np.zeros((*inputs.shape[:2], states.shape[-1])) for states in state]
+    final = [states.copy() for states in state]
+    for row in range(inputs.shape[0]):
+        now = tuple(states[row] for states in state)
+        positions = range(inputs.shape[1])
+        for position in reversed(positions) if reverse else positions:
+            if mask[row, position]:
+                now = CELL_STEPS[cell_type](weights, inputs[row, position], now)
+            for index, states in enumerate(now):
+                passed[index][row, position] = states
+        for index, states in enumerate(now):
+            final[index][row] = states
+    return tuple(passed), tuple(final)
+
+
+def run_layer(
+    cell_type: str, weights: Weights, inputs: np.ndarray, state: State | None = None, mask: np.ndarray | None = None
+):
+    """
+    A layer in as many directions as there are weights. Returns the outputs, the final states of all directions, and
+    the states after each position.
+    """
+    mask = np.ones(inputs.shape[:2], bool) if mask is None else mask.astype(bool)
+    directions = [name for name in ("cell", "cell_reverse") if f"{name}.weight_ih" in weights]
+    number, hidden_size = NUM_STATES[cell_type], weights["cell.weight_hh"].shape[1]
+    if state is None:
+        state = tuple(np.zeros((inputs.shape[0], hidden_size)) for _ in range(number * len(directions)))
+    passed, final = (), ()
+    for index, name in enumerate(directions):
+        first = state[index * number : (index + 1) * number]
+        more_passed, more_final = run_cell(cell_type, part(weights, name), inputs, first, mask, name == "cell_reverse")
+        passed, final = passed + more_passed, final + more_final
+    return np.concatenate(passed[::number], axis=-1), final, passed
+
+
+def run_stack(config, weights: Weights, hidden: np.ndarray, mask: np.ndarray | None = None):
+    """
+    Layers one above the other, with residual connections from the second on where the configuration says so. Returns
+    the outputs of all layers and the final states of all layers.
+    """
+    outputs, finals = [], []
+    while f"layers.{len(finals)}.cell.weight_ih" in weights:
+        output, final, _ = run_layer(config.cell_type, part(weights, f"layers.{len(finals)}"), hidden, mask=mask)
+        hidden = output + hidden if config.residual and finals else output
+        outputs.append(hidden)
+        finals.append(final)
+    return outputs, finals
+
+
+def language_model(config, weights: Weights, input_ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Logits `[batch, seq, vocab]` of a causal or masked language model."""
+    outputs, _ = run_stack(config, part(weights, "model"), weights["model.embed_tokens.weight"][input_ids], mask)
+    return project_to_vocabulary(weights, outputs[-1])
+
+
+def project_to_vocabulary(weights: Weights, hidden: np.ndarray) -> np.ndarray:
+    """Logits; tied embeddings of another size have a projection before them."""
+    if "projection.weight" in weights:
+        hidden = linear(weights, "projection", hidden)
+    return linear(weights, "lm_head", hidden)
+
+
+# Scores: (weights, query [query_size], keys [source, key_size], heads) -> [heads, source]
+
+
+def score(name: str):
+    def register(function):
+        SCORES[name] = function
+        return function
+
+    return register
+
+
+def heads_of(features: np.ndarray, heads: int) -> np.ndarray:
+    """`[..., size]` to `[..., heads, size / heads]`."""
+    return features.reshape(*features.shape[:-1], heads, -1)
+
+
+@score("dot")
+def dot_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int) -> np.ndarray:
+    """Luong et al. (2015): q . k, the keys brought to the width of the query where it is another."""
+    if keys.shape[-1] != query.shape[-1]:
+        keys = linear(weights, "key", keys)
+    return np.stack([(heads_of(query, heads) * key).sum(-1) for key in heads_of(keys, heads)], axis=-1)
+
+
+@score("scaled_dot")
+def scaled_dot_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int) -> np.ndarray:
+    """Vaswani et al. (2017): q . k / sqrt(d)."""
+    return dot_score(weights, query, keys, heads) / np.sqrt(query.shape[-1] / heads)
+
+
+@score("general")
+def general_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int) -> np.ndarray:
+    """Luong et al. (2015): q W k."""
+    return dot_score({}, weights["query.weight"] @ query, keys, heads)
+
+
+@score("additive")
+def additive_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int) -> np.ndarray:
+    """Bahdanau et al. (2015): v . tanh(W_q q + W_k k)."""
+    compared = [np.tanh(weights["query.weight"] @ query + weights["key.weight"] @ key) for key in keys]
+    return np.stack([heads_of(weights["vector"] * features, heads).sum(-1) for features in compared], axis=-1)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def attend(
+    attention_score: str, weights: Weights, query: np.ndarray, values: np.ndarray, mask: np.ndarray, heads: int = 1
+):
+    """The context `[value_size]` and the weights `[heads, source]` of one query; zero where there is no token."""
+    alphas = np.zeros((heads, len(values)))
+    mask = mask.astype(bool)
+    if mask.any():
+        alphas[:, mask] = softmax(SCORES[attention_score](weights, query, values[mask], heads))
+    context = [alpha @ value for alpha, value in zip(alphas, heads_of(values, heads).swapaxes(0, 1))]
+    return np.concatenate(context), alphas
+
+
+def bridge(config, weights: Weights, finals: list[State]) -> list[State]:
+    """
+    From the final states of the encoder to the initial ones of the decoder, the top layers side by side: a linear map
+    of both directions, and for the hidden state a tanh.
+    """
+    number = NUM_STATES[config.cell_type]
+    states = []
+    for index in range(config.decoder_layers):
+        below_top = config.decoder_layers - 1 - index
+        source = finals[max(0, config.encoder_layers - 1 - below_top)]
+        mapped = [
+            linear(weights, f"projections.{index}.{kind}", np.concatenate(source[kind::number], axis=-1))
+            for kind in range(number)
+        ]
+        states.append((np.tanh(mapped[0]), *mapped[1:]))
+    return states
+
+
+def step_layers(config, weights: Weights, x: np.ndarray, states: list[State], context: np.ndarray | None = None):
+    """One position through all layers; those above the first also read `context`, if there is one."""
+    new_states = []
+    for index, state in enumerate(states):
+        inputs = x if context is None or index == 0 else np.concatenate([x, context])
+        cell_weights = part(weights, f"layers.{index}.cell")
+        new_states.append(CELL_STEPS[config.cell_type](cell_weights, inputs, state))
+        x = new_states[-1][0] + x if config.residual and index > 0 else new_states[-1][0]
+    return x, new_states
+
+
+def decode(config, weights: Weights, embeddings: np.ndarray, values: np.ndarray, mask: np.ndarray, states: list[State]):
+    """
+    The decoder on one row without padding: `embeddings` `[target, size]`, `values` `[source, size]`, `mask`
+    `[source]`. Returns the attentional vectors `[target, hidden]` and the weights `[heads, target, source]`.
+    """
+
+    def attend_to(query):
+        heads = config.num_attention_heads
+        return attend(config.attention_score, part(weights, "attention.score"), query, values, mask, heads)
+
+    fed = np.zeros(config.hidden_size)
+    vectors, alphas = [], []
+    for x in embeddings:
+        if config.decoder_type == "luong":
+            top, states = step_layers(config, weights, np.concatenate([x, fed]) if config.input_feeding else x, states)
+            context, alpha = attend_to(top)
+            vector = fed = np.tanh(linear(weights, "combine", np.concatenate([context, top])))
+        elif config.decoder_type == "bahdanau":
+            context, alpha = attend_to(states[-1][0])
+            top, states = step_layers(config, weights, np.concatenate([x, context]), states)
+            vector = np.tanh(linear(weights, "combine", np.concatenate([context, top, x])))
+        else:
+            (first,) = CELL_STEPS[config.cell_type](part(weights, "layers.0.cell"), x, states[0])[:1]
+            context, alpha = attend_to(first)
+            vector, states = step_layers(config, weights, x, states, context)
+        vectors.append(vector)
+        alphas.append(alpha)
+    return np.stack(vectors), np.stack(alphas, axis=1)
+
+
+def seq2seq(
+    config, weights: Weights, input_ids: np.ndarray, mask: np.ndarray, targets: np.ndarray, target_mask: np.ndarray
+):
+    """
+    Encoder, bridge and decoder, `weights` being those of the base model. Returns the outputs of the encoder, the
+    attentional vectors `[batch, target, hidden]` and the weights `[batch, heads, target, source]`, both zero at
+    padding of the target.
+    """
+    embeddings = weights["shared.weight"]
+    encoder_outputs, finals = run_stack(config, part(weights, "encoder"), embeddings[input_ids], mask)
+    decoder = part(weights, "decoder")
+    states = bridge(config, part(decoder, "bridge"), finals)
+    batch, length = targets.shape
+    vectors = np.zeros((batch, length, config.hidden_size))
+    alphas = np.zeros((batch, config.num_attention_heads, length, input_ids.shape[1]))
+    for row, tokens in enumerate(target_mask.astype(bool)):
+        if tokens.any():
+            first = [tuple(values[row] for values in state) for state in states]
+            values = encoder_outputs[-1][row]
+            output, alpha = decode(config, decoder, embeddings[targets[row, tokens]], values, mask[row], first)
+            vectors[row, tokens], alphas[row][:, tokens] = output, alpha
+    return encoder_outputs[-1], vectors, alphas
+
+
+# Pooling: (weights, outputs of the tokens of one row [tokens, size], bidirectional) -> [output_size]; there is a token.
+
+
+def pooling(name: str):
+    def register(function):
+        POOLINGS[name] = function
+        return function
+
+    return register
+
+
+@pooling("last")
+def pool_last(weights: Weights, outputs: np.ndarray, bidirectional: bool) -> np.ndarray:
+    """The output of the last token read, in each direction."""
+    if not bidirectional:
+        return outputs[-1]
+    half = outputs.shape[-1] // 2
+    return np.concatenate([outputs[-1, :half], outputs[0, half:]])
+
+
+@pooling("mean")
+def pool_mean(weights: Weights, outputs: np.ndarray, bidirectional: bool) -> np.ndarray:
+    return outputs.sum(0) / len(outputs)
+
+
+@pooling("max")
+def pool_max(weights: Weights, outputs: np.ndarray, bidirectional: bool) -> np.ndarray:
+    return outputs.max(0)
+
+
+@pooling("concat")
+def pool_concat(weights: Weights, outputs: np.ndarray, bidirectional: bool) -> np.ndarray:
+    return np.concatenate([POOLINGS[name](weights, outputs, bidirectional) for name in ("last", "mean", "max")])
+
+
+@pooling("attention")
+def pool_attention(weights: Weights, outputs: np.ndarray, bidirectional: bool) -> np.ndarray:
+    """Yang et al. (2016) in one layer: softmax(w . h + b)."""
+    return softmax(linear(weights, "score", outputs)[:, 0]) @ outputs
+
+
+def pool(name: str, weights: Weights, outputs: np.ndarray, mask: np.ndarray, bidirectional: bool) -> np.ndarray:
+    """Pools `[batch, seq, size]` row by row over the tokens; a row without any gives zeros."""
+    size = outputs.shape[-1] * (3 if name == "concat" else 1)
+    pooled = np.zeros((len(outputs), size))
+    for row, tokens in enumerate(mask.astype(bool)):
+        if tokens.any():
+            pooled[row] = POOLINGS[name](weights, outputs[row, tokens], bidirectional)
+    return pooled
