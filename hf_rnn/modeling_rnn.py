@@ -169,6 +169,7 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(self.projection(select_positions(outputs.last_hidden_state, logits_to_keep)))
@@ -219,7 +220,12 @@ class RNNForMaskedLM(RNNLanguageModelingHead):
             `MaskedLMOutput`: `loss` in nats per label, `logits` `(batch, seq, vocab_size)`.
         """
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.lm_head(self.projection(outputs.last_hidden_state))
         loss = None
@@ -264,7 +270,12 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
             `SequenceClassifierOutput`: `loss`, `logits` `(batch, num_labels)`.
         """
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, attention_mask)))
         loss = None
@@ -311,7 +322,12 @@ class RNNForTokenClassification(RNNPreTrainedModel):
             `TokenClassifierOutput`: `loss` in nats per label, `logits` `(batch, seq, num_labels)`.
         """
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -355,7 +371,12 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
             `QuestionAnsweringModelOutput`: `loss`, `start_logits` and `end_logits` `(batch, seq)`.
         """
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
         if attention_mask is not None:
@@ -418,7 +439,12 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
             None if tensor is None else tensor.flatten(0, 1) for tensor in (input_ids, attention_mask, inputs_embeds)
         )
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
         )
         pooled = self.pooling(outputs.last_hidden_state, attention_mask)
         logits = self.classifier(self.dropout(pooled)).view(shape[:2])

@@ -440,7 +440,11 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                return_dict=True,
+                **kwargs,
             )
         elif not hasattr(encoder_outputs, "last_hidden_state"):
             last_hidden_state, final_states, hidden_states = (*encoder_outputs[:3], None, None)[:3]
@@ -460,6 +464,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return Seq2SeqModelOutput(
@@ -534,6 +539,7 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(self.projection(select_positions(outputs.last_hidden_state, logits_to_keep)))

@@ -111,7 +111,8 @@ def test_fixed_size(name, options, static):
     for length in (1, 3, 60):
         read(model, make_tokens(rows, length), cache)
         for index, layer in enumerate(recurrent_layers(cache)):
-            fed = index == 0 and getattr(config, "input_feeding", False)
+            steps = getattr(config, "input_feeding", False) or getattr(config, "decoder_type", None) == "bahdanau"
+            fed = index == 0 and steps  # the attentional vector of the step before
             assert layer.keys.shape == (rows, config.hidden_size)
             assert layer.values.shape == (rows, config.hidden_size * (num_states - 1 + fed))
             assert layer.keys.dtype == layer.values.dtype == torch.float64

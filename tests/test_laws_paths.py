@@ -54,7 +54,7 @@ MASKS = {
 
 def paddings(mask: torch.Tensor | None) -> list[Padding | None]:
     """What a layer is told of a mask: on a CPU with a look at its values, on another device without."""
-    looked_at = Padding.from_attention_mask(mask, SEQ)
+    looked_at = Padding.from_attention_mask(mask, mask)
     return [looked_at] if mask is None else [looked_at, Padding(mask.bool())]
 
 
@@ -453,7 +453,7 @@ def test_layers_are_torch_modules(cell_type, bidirectional, padded):
     for enabled in (False, True):
         model.zero_grad()
         ours = inputs.clone().requires_grad_()
-        hidden, padding, states = ours, Padding.from_attention_mask(mask, SEQ), []
+        hidden, padding, states = ours, Padding.from_attention_mask(mask, mask), []
         with loop_only(enabled):
             for layer in model.layers:
                 hidden, state, _ = layer(hidden, None, padding)

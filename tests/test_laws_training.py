@@ -405,7 +405,7 @@ def test_residual_connections(cell_type, bidirectional):
     model = make_model("RNNModel", cell_type=cell_type, bidirectional=bidirectional, residual=True, num_hidden_layers=3)
     tokens, mask = make_tokens(6, 7), make_mask()
     embedded, *hidden = model(tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-    padding = recurrent_layer.Padding.from_attention_mask(mask, 7)
+    padding = recurrent_layer.Padding.from_attention_mask(mask, mask)
     for layer, below, output in zip(model.layers, [embedded, *hidden], hidden):
         layer.residual = False
         plain, state, _ = layer(below, None, padding)

@@ -49,7 +49,7 @@ def test_pooling_is_the_equations(pooling, bidirectional):
         module = randomize(SequencePooling(pooling, layer.output_size, bidirectional).double())
         for mask in (None, make_mask(SEQ), make_mask(SEQ)[:1]):
             batch = 6 if mask is None else len(mask)
-            outputs, _, _ = layer(random(batch, SEQ, 5), padding=Padding.from_attention_mask(mask, SEQ))
+            outputs, _, _ = layer(random(batch, SEQ, 5), padding=Padding.from_attention_mask(mask, mask))
             array_mask = np.ones((batch, SEQ)) if mask is None else mask.numpy()
             expected = pool(pooling, to_numpy(module), outputs.detach().numpy(), array_mask, bidirectional)
             actual = module(outputs, mask).detach().numpy()

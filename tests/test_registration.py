@@ -573,3 +573,15 @@ def test_vocabulary_of_the_matrix():
     for name in MODEL_CLASSES:
         config = make_config(name)
         assert 0 < config.pad_token_id < VOCAB_SIZE == config.vocab_size
+
+
+@over_classes
+def test_tuples_by_configuration(name):
+    """`return_dict=False` in the configuration gives tuples, as it does in a call."""
+    model, inputs = make_model(name), make_inputs(name)
+    expected = model(**inputs, return_dict=False)
+    model.config.return_dict = False
+    actual = model(**inputs)
+    assert isinstance(actual, tuple)
+    assert len(actual) == len(expected)
+    torch.testing.assert_close(actual[0], expected[0])
