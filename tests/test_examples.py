@@ -1,0 +1,107 @@
+"""The example scripts from beginning to end, on little data: what they write, and that a stop loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+import hf_rnn  # noqa: F401, registers the models
+
+
+REPOSITORY = Path(__file__).parents[1]
+TINY_TRANSLATOR = {
+    "max_train_samples": 256,
+    "max_eval_samples": 16,
+    "max_predict_samples": 16,
+    "vocab_size": 400,
+    "hidden_size": 16,
+    "per_device_train_batch_size": 32,
+    "num_train_epochs": 2,
+    "logging_steps": 2,
+}
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 60
+
+
+def command(script: str, output_dir: Path, options: dict) -> list[str]:
+    words = [sys.executable, str(REPOSITORY / "examples" / script), "--output_dir", str(output_dir)]
+    return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def environment() -> dict:
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+
+
+def run(script: str, output_dir: Path, status: int = 0, **options) -> str:
+    done = subprocess.run(
+        command(script, output_dir, options), capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_translate(tmp_path):
+    """Trains, scores, saves, loads, translates and draws; a second run into the same folder is refused."""
+    output = run("translate.py", tmp_path / "out", decoder_type="gnmt", decoder_layers=2, **TINY_TRANSLATOR)
+    assert "sacreBLEU, 5 beams" in output
+    assert "translation " in output
+    assert "eval_bleu" in output
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert 0 <= results["test_bleu"] <= 100
+    assert results["test_samples"] == 16
+    assert (tmp_path / "out" / "attention.png").stat().st_size > 5000
+    assert len((tmp_path / "out" / "test_translations.jsonl").read_text().splitlines()) == 16
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (model.config.decoder_type, model.config.hidden_size, model.config.use_cache) == ("gnmt", 16, True)
+    assert model.generation_config.num_beams == 5
+    output = model.generate(**tokenizer(["Bonjour !"], return_tensors="pt"))
+    assert output.shape[0] == 1
+    refused = run("translate.py", tmp_path / "out", status=2, **TINY_TRANSLATOR)
+    assert refused.count("error:") == 1
+    assert "--resume_from_checkpoint" in refused
+
+
+def test_language_model(tmp_path):
+    """Trains on a file by characters, reports perplexity, saves, loads and writes a sample."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = {"hidden_size": 16, "num_train_epochs": 1, "block_size": 32, "max_new_tokens": 20}
+    output = run("language_model.py", tmp_path / "out", train_file=tmp_path / "text.txt", **options)
+    assert "perplexity" in output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer(["To be"], return_tensors="pt")
+    assert tokenizer.decode(prompt["input_ids"][0]) == "To be"
+    assert model.generate(**prompt, max_new_tokens=5).shape == (1, 10)
+
+
+@pytest.mark.slow
+def test_stop_and_resume(tmp_path):
+    """A Ctrl-C saves a checkpoint; the resumed run ends with the weights of a run that was never stopped."""
+    options = TINY_TRANSLATOR | {"max_train_samples": 1024, "num_train_epochs": 3, "do_predict": "false"}
+    run("translate.py", tmp_path / "whole", **options)
+    process = subprocess.Popen(
+        command("translate.py", tmp_path / "stopped", options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "stopped").glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 130, output
+    assert "--resume_from_checkpoint true" in output
+    run("translate.py", tmp_path / "stopped", resume_from_checkpoint="true", **options)
+    whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(stopped[name], weight, rtol=0, atol=0, msg=name)
