@@ -115,6 +115,7 @@ class RecurrentStateLayer(CacheLayerMixin):
             `ValueError`: `tokens_to_remove` is positive.
             `RuntimeError`: More tokens are to be removed than were recorded.
         """
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove` must be zero or negative, got {tokens_to_remove}.")
         if tokens_to_remove < 0:

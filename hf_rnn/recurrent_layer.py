@@ -9,6 +9,7 @@ import contextlib
 import os
 import warnings
 from contextvars import ContextVar
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -63,12 +64,22 @@ class Padding:
     def __init__(self, mask: torch.Tensor, is_right_padded: bool = False):
         self.mask = mask
         self.is_right_padded = is_right_padded
-        self.lengths = mask.sum(dim=1)  # [batch]
-        self.last = (self.lengths - 1).clamp(min=0)[:, None, None]  # [batch, 1, 1]
-        self.is_empty = (self.lengths == 0)[:, None]  # [batch, 1]
-        steps = torch.arange(mask.shape[1], device=mask.device)
-        self.valid = steps < self.lengths[:, None]  # [batch, seq], True at the first `lengths` steps
         self._directions: dict[bool, DirectionIndex] = {}
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Number of tokens `[batch]`."""
+        return self.mask.sum(dim=1)
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        """The last step that reads a token `[batch, 1, 1]`; 0 in rows without one."""
+        return (self.lengths - 1).clamp(min=0)[:, None, None]
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """True at the first `lengths` steps `[batch, seq]`."""
+        return torch.arange(self.mask.shape[1], device=self.mask.device) < self.lengths[:, None]
 
     @classmethod
     def from_attention_mask(
@@ -126,7 +137,7 @@ class Padding:
     def at_last(self, outputs: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         """The output `[batch, size]` of the last step that read a token; `initial` for rows without one."""
         last = outputs.gather(1, self.last.expand(-1, 1, outputs.shape[-1])).squeeze(1)
-        return torch.where(self.is_empty, initial.to(last.dtype), last)
+        return torch.where((self.lengths == 0)[:, None], initial.to(last.dtype), last)
 
 
 def gather_positions(features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -56,19 +56,15 @@ class GenerationMasks:
         return attention_mask
 
     # `generate` looks at this signature to see whether a prompt may be given as `inputs_embeds`.
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         """The inputs of the next forward, with a mask for just the tokens that it reads."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         prefix = "decoder_" if self.config.is_encoder_decoder else ""
         mask = inputs.get(f"{prefix}attention_mask")
         if mask is not None:
             tokens = inputs.get(f"{prefix}input_ids")
             seq_length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
-            # What was just generated is a token, never padding.
-            is_new_token = seq_length == 1 and not is_first_iteration
-            inputs[f"{prefix}attention_mask"] = None if is_new_token else mask[:, mask.shape[1] - seq_length :]
+            inputs[f"{prefix}attention_mask"] = mask[:, mask.shape[1] - seq_length :]
         return inputs
 
 

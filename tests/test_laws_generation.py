@@ -346,7 +346,7 @@ def crops(monkeypatch):
     crop = RecurrentStateLayer.crop
 
     def recorded_crop(self, tokens_to_remove):
-        calls.append(-tokens_to_remove)
+        calls.append(-int(tokens_to_remove))
         crop(self, tokens_to_remove)
 
     monkeypatch.setattr(RecurrentStateLayer, "crop", recorded_crop)
