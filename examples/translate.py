@@ -52,6 +52,7 @@ from training_helpers import (
     checkpoint_to_resume,
     load_pretrained,
     parse_arguments,
+    prefers_bf16,
     report_stop,
     run_script,
     say,
@@ -171,7 +172,10 @@ class TranslationTrainingArguments(MixedPrecisionArguments, Seq2SeqTrainingArgum
     do_predict: bool = field(default=True, metadata={"help": "Whether to translate the test data at the end."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Sentence pairs per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Sentences per evaluation batch."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
+    num_train_epochs: float = field(
+        default=3.0 if prefers_bf16() or torch.accelerator.is_available() else 2.0,
+        metadata={"help": "Passes over the training data; by default 3, or 2 on a CPU that is not made for bfloat16."},
+    )
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
