@@ -177,7 +177,7 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         if labels is not None:
             if attention_mask is not None and past_key_values is None:
                 # Nothing stands before the first token of a text from which to predict it, padding at the left neither.
-                mask = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :].bool()
+                mask = attention_mask.bool()
                 labels = labels.masked_fill(mask & (mask.cumsum(1) == 1), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
