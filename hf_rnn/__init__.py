@@ -12,10 +12,13 @@ from transformers import (
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .attention import ATTENTION_SCORES
 from .configuration_rnn import RNNConfig
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
+from .fast_paths import FAST_PATHS, loop_only, without_fast_paths
+from .model_card import create_model_card, save_model_card, set_card_details
 from .modeling_rnn import (
     RNNForCausalLM,
     RNNForMaskedLM,
@@ -26,8 +29,12 @@ from .modeling_rnn import (
     RNNModel,
 )
 from .modeling_rnn_seq2seq import RNNSeq2SeqForConditionalGeneration, RNNSeq2SeqModel
+from .peft_targets import lora_target_modules, lora_target_parameters
+from .pipelines.question_answering import QuestionAnsweringPipeline
+from .pipelines.text_to_text import SummarizationPipeline, TranslationPipeline
+from .recurrent_cache import detach_state
 from .recurrent_cells import RECURRENT_CELLS
-from .recurrent_layer import loop_only
+from .training_summary import write_cards
 
 
 __version__ = "0.1.0"
@@ -50,6 +57,14 @@ REGISTRATION = {
     },
 }
 
+# Task, then its pipeline and the Auto class that loads its model: what transformers 5 dropped, under other names, since
+# it refuses the old ones.
+PIPELINES = {
+    "extractive-question-answering": (QuestionAnsweringPipeline, AutoModelForQuestionAnswering),
+    "text-summarization": (SummarizationPipeline, AutoModelForSeq2SeqLM),
+    "text-translation": (TranslationPipeline, AutoModelForSeq2SeqLM),
+}
+
 
 def _saved_name(saved_class: type) -> str:
     return f"{saved_class.__module__.split('.')[-1]}.{saved_class.__name__}"
@@ -66,10 +81,25 @@ def _register() -> None:
             for auto_class in auto_classes:
                 auto_class.register(config_class, model_class, exist_ok=True)
                 heads[auto_class.__name__] = _saved_name(model_class)
+    for task, (pipeline_class, auto_class) in PIPELINES.items():
+        PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=pipeline_class, pt_model=auto_class, type="text")
 
 
 _register()
+write_cards()
 
-__all__ = ["ATTENTION_SCORES", "RECURRENT_CELLS", "REGISTRATION", "loop_only"] + [
-    name.__name__ for config_class, classes in REGISTRATION.items() for name in (config_class, *classes)
-]
+__all__ = [
+    "ATTENTION_SCORES",
+    "FAST_PATHS",
+    "PIPELINES",
+    "RECURRENT_CELLS",
+    "REGISTRATION",
+    "create_model_card",
+    "detach_state",
+    "loop_only",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "save_model_card",
+    "set_card_details",
+    "without_fast_paths",
+] + [name.__name__ for config_class, classes in REGISTRATION.items() for name in (config_class, *classes)]

@@ -3,6 +3,7 @@
 A new score is a subclass of [`AttentionScore`] and one line in `ATTENTION_SCORES`.
 """
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,12 @@ class AttentionMemory(NamedTuple):
     keys: torch.Tensor  # [batch, heads, source, key_size / heads]
     values: torch.Tensor  # [batch, heads, source, value_size / heads]
     mask: torch.Tensor | None  # [batch, 1, 1, source], True where there is a token
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (batch, source, value_size) of the features that it was made of."""
+        batch, heads, source, size = self.values.shape
+        return batch, source, heads * size
 
 
 class CrossAttentions(nn.Identity):
@@ -60,6 +67,10 @@ class AttentionScore(nn.Module):
     def project_keys(self, keys: torch.Tensor) -> torch.Tensor:
         """`[batch, source, key_size]` to the space of the comparison."""
         return keys
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """As [`~AttentionScore.compare`]; hooks on modules, such as those that bring offloaded weights, act here."""
+        return self.compare(queries, keys)
 
     def compare(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """
@@ -150,6 +161,34 @@ ATTENTION_SCORES: dict[str, type[AttentionScore]] = {
 }
 
 
+class _Keys(NamedTuple):
+    """Projected keys, and what they were made of."""
+
+    features: weakref.ref
+    made_of: tuple
+    keys: torch.Tensor
+
+
+_known_keys: dict[int, _Keys] = {}
+
+
+def _keys_of(score: AttentionScore, features: torch.Tensor) -> torch.Tensor:
+    """`score.project_keys(features)`, kept for the next call with the same features and weights."""
+    tensors = (features, *score.parameters())
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        return score.project_keys(features)
+    made_of = (id(score), *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
+    place = id(features)
+    known = _known_keys.get(place)
+    if known is None or known.features() is not features or known.made_of != made_of:
+        keys = score.project_keys(features)
+        if keys is features:
+            return keys
+        known = _Keys(weakref.ref(features, lambda _: _known_keys.pop(place, None)), made_of, keys)
+        _known_keys[place] = known
+    return known.keys
+
+
 class Attention(nn.Module):
     r"""
     Attention of a sequence of queries to a memory:
@@ -169,11 +208,13 @@ class Attention(nn.Module):
         super().__init__()
         self.score = score
 
-    def prepare(self, features: torch.Tensor, mask: torch.Tensor | None) -> AttentionMemory:
+    def prepare(self, features: torch.Tensor, mask: torch.Tensor | None, again: bool = False) -> AttentionMemory:
         """
         Args:
             features (`torch.Tensor` of shape `(batch, source, key_size)`): What to attend to.
             mask (`torch.Tensor` of shape `(batch, source)`, *optional*): Non-zero where there is a token.
+            again (`bool`): Whether the same features will be attended to at further calls, as in decoding. Their
+                projected keys are then kept until the features are gone.
 
         Raises:
             `ValueError`: The mask has another shape.
@@ -184,7 +225,7 @@ class Attention(nn.Module):
                 f"{tuple(mask.shape)}."
             )
         heads = self.score.num_heads
-        keys = split_heads(self.score.project_keys(features), heads)
+        keys = split_heads(_keys_of(self.score, features) if again else self.score.project_keys(features), heads)
         return AttentionMemory(keys, split_heads(features, heads), None if mask is None else mask.bool()[:, None, None])
 
     def forward(self, queries: torch.Tensor, memory: AttentionMemory) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +238,7 @@ class Attention(nn.Module):
             The context `(batch, target, key_size)` and the weights `(batch, heads, target, source)`.
         """
         queries = split_heads(self.score.project_queries(queries), self.score.num_heads)
-        scores = self.score.compare(queries, memory.keys)  # [batch, heads, target, source]
+        scores = self.score(queries, memory.keys)  # [batch, heads, target, source]
         if memory.mask is not None:
             scores = scores.masked_fill(~memory.mask, torch.finfo(scores.dtype).min)
         weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))

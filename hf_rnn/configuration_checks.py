@@ -7,6 +7,13 @@ import math
 from huggingface_hub.errors import StrictDataclassError
 
 
+# More than anything needs, and few enough for a slip of the pen not to fill the memory.
+MAX_LAYERS = 4096
+MAX_LABELS = 2**20
+# What torch can count in every place where it counts features or tokens.
+MAX_SIZE = 2**31 - 1
+
+
 @contextlib.contextmanager
 def value_errors(config_class):
     """Within this context whatever makes a configuration invalid is a `ValueError`."""
@@ -34,6 +41,8 @@ class CheckedOnLoading:
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"{cls.__name__} is made of a dictionary, got a {type(config_dict).__name__}.")
         with value_errors(cls):
             loaded = super().from_dict(config_dict, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
@@ -46,6 +55,20 @@ def check_at_least(config, minimum: int, *fields: str) -> None:
         value = getattr(config, field)
         if value < minimum:
             raise ValueError(f"`{field}` must be an integer of at least {minimum}, got {value}.")
+
+
+def check_at_most(config, maximum: int, *fields: str) -> None:
+    """Raises `ValueError` where one of the integer `fields` is above `maximum`."""
+    for field in fields:
+        value = getattr(config, field)
+        if value > maximum:
+            raise ValueError(f"`{field}` must be an integer of at most {maximum}, got {value}.")
+
+
+def check_layers(config, *fields: str) -> None:
+    """Raises `ValueError` where a number of layers is out of range; the base class makes a list of as many."""
+    check_at_least(config, 1, *fields)
+    check_at_most(config, MAX_LAYERS, *fields)
 
 
 def check_dropouts(config) -> None:
@@ -70,13 +93,63 @@ def check_one_of(config, field: str, allowed) -> None:
         raise ValueError(f"`{field}` must be one of {sorted(allowed)}, got {value!r}.")
 
 
+# The floating types of torch, by name.
+DTYPES = ("float16", "half", "bfloat16", "float32", "float", "float64", "double")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def check_stock_fields(config, others: dict) -> None:
+    """
+    Raises `ValueError` where a field that configurations of transformers share would stop the base class half-way, or
+    be believed by it.
+
+    Args:
+        config: A configuration whose base class has not seen its fields yet.
+        others (`dict`): The keywords of its constructor that are no fields.
+    """
+    if config.problem_type is not None:
+        check_one_of(config, "problem_type", PROBLEM_TYPES)
+    num_labels = others.get("num_labels", 1)
+    if not isinstance(num_labels, int) or isinstance(num_labels, bool) or not 1 <= num_labels <= MAX_LABELS:
+        raise ValueError(f"`num_labels` must be an integer from 1 to {MAX_LABELS}, got {num_labels!r}.")
+    if config.id2label is not None and not (
+        isinstance(config.id2label, dict) and config.id2label and all(map(_is_index, config.id2label))
+    ):
+        raise ValueError(f"`id2label` must be a dictionary from 0, 1, 2, ... to labels, got {config.id2label!r}.")
+    if config.label2id is not None and not isinstance(config.label2id, dict):
+        raise ValueError(f"`label2id` must be a dictionary from labels to 0, 1, 2, ..., got {config.label2id!r}.")
+    for field, value in {"dtype": config.dtype, "torch_dtype": others.get("torch_dtype")}.items():
+        name = value if isinstance(value, str) else str(value).removeprefix("torch.")
+        if value is not None and name not in DTYPES:
+            raise ValueError(f"`{field}` must be one of {sorted(DTYPES)}, got {value!r}.")
+    if "layer_types" in others:
+        raise ValueError(
+            f"`layer_types` follows from the number of layers and cannot be given, got {others['layer_types']!r}."
+        )
+
+
+def _is_index(key) -> bool:
+    return str(key).isdecimal()
+
+
+def check_token_ids(config) -> None:
+    """Raises `ValueError` where a special token is negative; one beyond the vocabulary gets transformers' warning."""
+    for field in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        value = getattr(config, field, None)
+        ids = value if isinstance(value, list) else [value]
+        if any(token_id is not None and token_id < 0 for token_id in ids):
+            raise ValueError(f"`{field}` must be None or at least 0, got {value}.")
+
+
 def check_recurrence(config) -> None:
     """The fields that both text families share: sizes, cell type, dropouts and initialisation."""
     # Imported here, so that reading a configuration file needs no torch: the table of cells is open.
     from .recurrent_cells import RECURRENT_CELLS
 
     check_at_least(config, 1, "vocab_size", "hidden_size", "embedding_size")
+    check_at_most(config, MAX_SIZE, "vocab_size", "hidden_size", "embedding_size")
     check_one_of(config, "cell_type", RECURRENT_CELLS)
+    check_token_ids(config)
     check_dropouts(config)
     check_finite(config, "initializer_range", positive=True)
     check_finite(config, "forget_gate_bias")

@@ -3,7 +3,14 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_checks import CheckedOnLoading, check_at_least, check_one_of, check_recurrence, raises_value_error
+from .configuration_checks import (
+    CheckedOnLoading,
+    check_layers,
+    check_one_of,
+    check_recurrence,
+    check_stock_fields,
+    raises_value_error,
+)
 
 
 POOLING_TYPES = ("last", "mean", "max", "concat", "attention")
@@ -89,12 +96,14 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
+        check_stock_fields(self, kwargs)
+        check_layers(self, "num_hidden_layers")
         super().__post_init__(**kwargs)
         self.validate_recurrence()
 
     def validate_recurrence(self):
         """Raises `ValueError` where fields are out of range or do not fit together."""
-        check_at_least(self, 1, "num_hidden_layers")
+        check_layers(self, "num_hidden_layers")
         check_recurrence(self)
         check_one_of(self, "pooling", POOLING_TYPES)
         if self.use_crf:
@@ -107,6 +116,11 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """The kind of cache layer that each recurrent layer asks for."""
         return ["recurrent_state"] * self.num_hidden_layers
+
+    @property
+    def num_hidden_states(self) -> int:
+        """How many `hidden_states` there are: the embeddings and the output of each layer."""
+        return self.num_hidden_layers + 1
 
     @property
     def output_size(self) -> int:

@@ -3,7 +3,15 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_checks import CheckedOnLoading, check_at_least, check_one_of, check_recurrence, raises_value_error
+from .configuration_checks import (
+    CheckedOnLoading,
+    check_at_least,
+    check_layers,
+    check_one_of,
+    check_recurrence,
+    check_stock_fields,
+    raises_value_error,
+)
 
 
 DECODER_TYPES = ("luong", "bahdanau", "gnmt")
@@ -71,7 +79,7 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     ```"""
 
     model_type = "rnn_seq2seq"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
     attribute_map = {"num_hidden_layers": "encoder_layers"}
     base_model_fsdp_plan = {
         "shared": "free_full_weight",
@@ -108,13 +116,15 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
+        check_stock_fields(self, kwargs)
+        check_layers(self, "encoder_layers", "decoder_layers")
         super().__post_init__(**kwargs)
         self.validate_recurrence()
         self.validate_attention()
 
     def validate_recurrence(self):
         """Raises `ValueError` where fields of the recurrence are out of range."""
-        check_at_least(self, 1, "encoder_layers", "decoder_layers")
+        check_layers(self, "encoder_layers", "decoder_layers")
         check_recurrence(self)
 
     def validate_attention(self):
@@ -147,6 +157,16 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         """The kind of cache layer that each decoder layer asks for."""
         # `get_text_config(decoder=True)` moves `decoder_layers` to `num_hidden_layers`.
         return ["recurrent_state"] * vars(self).get("decoder_layers", self.num_hidden_layers)
+
+    @property
+    def num_encoder_hidden_states(self) -> int:
+        """How many `encoder_hidden_states` there are: the embeddings and the output of each layer."""
+        return self.encoder_layers + 1
+
+    @property
+    def num_decoder_hidden_states(self) -> int:
+        """How many `decoder_hidden_states` there are: the embeddings and the output of each layer."""
+        return self.decoder_layers + 1
 
     @property
     def encoder_output_size(self) -> int:

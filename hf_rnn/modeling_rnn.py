@@ -13,15 +13,31 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rnn import RNNConfig
+from .deferred_logits import vocabulary_logits
+from .packed_sequences import (
+    PackedPadding,
+    find_text_starts,
+    refuse_other_boundaries,
+    refuse_packed_texts,
+    text_starts,
+)
 from .pooling import SequencePooling
 from .recurrent_cache import cache_to_fill, is_recording, read_state, write_state
 from .recurrent_layer import HiddenStates, Padding, make_layers
-from .recurrent_model import GenerationMasks, RecurrentPreTrainedModel, select_positions, vocabulary_projection
+from .recurrent_model import (
+    GenerationMasks,
+    RecurrentPreTrainedModel,
+    embed_inputs,
+    hidden_states_recorder,
+    select_positions,
+    vocabulary_projection,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -31,9 +47,7 @@ class RNNPreTrainedModel(RecurrentPreTrainedModel):
     """Base class of the family."""
 
     config: RNNConfig
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(HiddenStates, index=0, capture_initial_hidden_state=False),
-    }
+    _can_record_outputs = {"hidden_states": hidden_states_recorder("num_hidden_states")}
 
 
 class RNNModel(RNNPreTrainedModel):
@@ -65,6 +79,7 @@ class RNNModel(RNNPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -77,34 +92,50 @@ class RNNModel(RNNPreTrainedModel):
                 Embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*):
                 Whether to return the state. By default as the configuration says, and not while training.
+            position_ids (`torch.LongTensor` of shape `(batch, seq)` or `(1, seq)`, *optional*):
+                The position of each token in its text. Where they begin again at 0 behind other tokens of the row, a
+                new text begins, which knows nothing of the others (packing, padding-free batches). They say nothing
+                else. A row of several texts has no state to go on from. The graph of a compiler or an exporter does
+                not see the positions, and does not look for texts where `past_key_values` are given; in ONNX a row is
+                always one text.
 
         Returns:
             `BaseModelOutputWithPast`: `last_hidden_state` `(batch, seq, output_size)`, `past_key_values` and, on
             request, `hidden_states`: the embeddings and the output of each layer.
 
         Raises:
-            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, a mask of a wrong shape, or a state for
-                a model with two directions.
+            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, one of them, a mask, positions or a state
+                of a wrong shape, a state for a model with two directions, a state given or asked for where a row holds
+                several texts, or texts in one row that are told by other arguments than `position_ids`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds)
         if self.config.bidirectional and past_key_values is not None:
             raise ValueError(
                 "`past_key_values` must be None where `bidirectional` is True: there is no state to carry."
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
         if self.config.bidirectional:
             use_cache = False
-        target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
-        seq_length = inputs_embeds.shape[1]
+        batch_size, seq_length = inputs_embeds.shape[:2]
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
+        mask = None if padding is None else padding.mask
+        refuse_other_boundaries(position_ids, kwargs)
+        starts = find_text_starts(position_ids, batch_size, seq_length, mask)
+        if starts is not None and not torch.compiler.is_compiling():
+            if past_key_values is not None or use_cache:
+                raise ValueError(
+                    "`past_key_values` must be None and `use_cache` must not be True where `position_ids` begin again "
+                    "at 0 within a row: several texts in one row have no state to go on from."
+                )
+            use_cache = False
+        if starts is not None and past_key_values is None:
+            padding = PackedPadding(starts.to(inputs_embeds.device), mask)
+        target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         for layer_idx, layer in enumerate(self.layers):
-            state = read_state(past_key_values, layer_idx, layer.state_sizes)
+            state = read_state(past_key_values, layer_idx, layer.state_sizes, batch_size)
             recording = is_recording(target, layer_idx)
             if recording and state is None:
-                state = layer.cell.initial_state(hidden_states)
+                state = layer.initial_state(hidden_states)
             hidden_states, new_state, history = layer(hidden_states, state, padding, target is not None, recording)
             write_state(target, layer_idx, new_state, seq_length, history, state)
         return BaseModelOutputWithPast(last_hidden_state=self.output_dropout(hidden_states), past_key_values=target)
@@ -149,11 +180,12 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         Args:
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache: As in [`RNNModel`].
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids: As in [`RNNModel`].
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 The tokens themselves (they are shifted here); -100 where there is nothing to predict. The first token
                 of a text is never predicted.
@@ -169,16 +201,20 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            position_ids=position_ids,
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(self.projection(select_positions(outputs.last_hidden_state, logits_to_keep)))
+        hidden_states = self.projection(select_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=self.training and labels is not None)
         loss = None
         if labels is not None:
+            # Nothing stands before the first token of a text from which to predict it, padding at the left neither.
             if attention_mask is not None and past_key_values is None:
-                # Nothing stands before the first token of a text from which to predict it, padding at the left neither.
                 mask = attention_mask.bool()
                 labels = labels.masked_fill(mask & (mask.cumsum(1) == 1), -100)
+            if position_ids is not None and past_key_values is None:
+                labels = labels.masked_fill(text_starts(position_ids, attention_mask).to(labels.device), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -186,6 +222,10 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+
+# Trainer looks here, and nowhere else, to see whether its own label smoothing has to shift the labels.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RNNConfig.model_type] = RNNForCausalLM.__name__
 
 
 class RNNForMaskedLM(RNNLanguageModelingHead):
@@ -208,11 +248,12 @@ class RNNForMaskedLM(RNNLanguageModelingHead):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         r"""
         Args:
-            input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            input_ids, attention_mask, inputs_embeds, position_ids: As in [`RNNModel`].
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 The tokens behind the masks; -100 elsewhere.
 
@@ -223,11 +264,12 @@ class RNNForMaskedLM(RNNLanguageModelingHead):
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
+            position_ids=position_ids,
             return_dict=True,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
-        logits = self.lm_head(self.projection(outputs.last_hidden_state))
+        hidden_states = self.projection(outputs.last_hidden_state)
+        logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=self.training and labels is not None)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -258,25 +300,30 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            position_ids: As in [`RNNModel`], but a row must hold one text.
             labels (`torch.Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
                 Classes, or the labels or numbers that `config.problem_type` asks for.
 
         Returns:
             `SequenceClassifierOutput`: `loss`, `logits` `(batch, num_labels)`.
+
+        Raises:
+            `ValueError`: `position_ids` begin again at 0 within a row.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
             return_dict=True,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
+        refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
         logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, attention_mask)))
         loss = None
         if labels is not None:
@@ -311,11 +358,12 @@ class RNNForTokenClassification(RNNPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         r"""
         Args:
-            input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            input_ids, attention_mask, inputs_embeds, position_ids: As in [`RNNModel`].
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Classes; -100 where there is none.
 
         Returns:
@@ -325,9 +373,9 @@ class RNNForTokenClassification(RNNPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
+            position_ids=position_ids,
             return_dict=True,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -359,25 +407,30 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            position_ids: As in [`RNNModel`], but a row must hold one text.
             start_positions (`torch.LongTensor` of shape `(batch,)`, *optional*): Position of the first token.
             end_positions (`torch.LongTensor` of shape `(batch,)`, *optional*): Position of the last token.
 
         Returns:
             `QuestionAnsweringModelOutput`: `loss`, `start_logits` and `end_logits` `(batch, seq)`.
+
+        Raises:
+            `ValueError`: `position_ids` begin again at 0 within a row.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
             return_dict=True,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
+        refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
         if attention_mask is not None:
             logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
@@ -413,6 +466,7 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
         r"""
@@ -423,29 +477,38 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `(batch, choices, seq, embedding_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch,)`, *optional*): The right choice.
+            position_ids (`torch.LongTensor` of shape `(batch, choices, seq)`, *optional*):
+                As in [`RNNModel`], but a row must hold one text.
 
         Returns:
             `MultipleChoiceModelOutput`: `loss`, `logits` `(batch, choices)`.
 
         Raises:
-            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, or a mask of a wrong shape.
+            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, a mask of a wrong shape, or
+                `position_ids` that begin again at 0 within a row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         shape = (inputs_embeds if input_ids is None else input_ids).shape[:3]
+        if (inputs_embeds is None and input_ids.dim() != 3) or (input_ids is None and inputs_embeds.dim() != 4):
+            raise ValueError(
+                "`input_ids` must have the shape (batch, choices, seq), and `inputs_embeds` one dimension more, got "
+                f"{tuple((inputs_embeds if input_ids is None else input_ids).shape)}."
+            )
         if attention_mask is not None and attention_mask.shape != shape:
             raise ValueError(f"`attention_mask` must have the shape {tuple(shape)}, got {tuple(attention_mask.shape)}.")
-        input_ids, attention_mask, inputs_embeds = (
-            None if tensor is None else tensor.flatten(0, 1) for tensor in (input_ids, attention_mask, inputs_embeds)
+        input_ids, attention_mask, inputs_embeds, position_ids = (
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, inputs_embeds, position_ids)
         )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
             return_dict=True,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
+        refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
         pooled = self.pooling(outputs.last_hidden_state, attention_mask)
         logits = self.classifier(self.dropout(pooled)).view(shape[:2])
         loss = None

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
@@ -18,10 +19,20 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
+from .deferred_logits import vocabulary_logits
+from .packed_linear import apply_linear, packed_linear
 from .recurrent_cache import cache_to_fill, is_recording, read_state, write_state
 from .recurrent_cells import State
+from .recurrent_kernels import loop_linear
 from .recurrent_layer import HiddenStates, Padding, RecurrentLayer, make_layers
-from .recurrent_model import GenerationMasks, RecurrentPreTrainedModel, select_positions, vocabulary_projection
+from .recurrent_model import (
+    GenerationMasks,
+    RecurrentPreTrainedModel,
+    embed_inputs,
+    hidden_states_recorder,
+    select_positions,
+    vocabulary_projection,
+)
 
 
 def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None, pad_token_id: int | None):
@@ -34,7 +45,7 @@ def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None,
     if decoder_start_token_id is None:
         raise ValueError("`decoder_start_token_id` must be set in the configuration to make inputs of the decoder.")
     shifted = labels.roll(1, dims=1)
-    shifted[:, 0] = decoder_start_token_id
+    shifted[:, :1] = decoder_start_token_id
     # Behind a label that is ignored nothing is predicted, so that any token will do.
     return shifted.masked_fill(shifted == -100, decoder_start_token_id if pad_token_id is None else pad_token_id)
 
@@ -53,9 +64,7 @@ class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
         config (`RNNSeq2SeqConfig`): The configuration.
     """
 
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(HiddenStates, index=0, capture_initial_hidden_state=False),
-    }
+    _can_record_outputs = {"hidden_states": hidden_states_recorder("num_encoder_hidden_states")}
 
     def __init__(self, config: RNNSeq2SeqConfig):
         super().__init__(config)
@@ -90,10 +99,7 @@ class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
         Raises:
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, or a mask of a wrong shape.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         final_states = []
@@ -177,7 +183,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
     """
 
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(HiddenStates, index=0, capture_initial_hidden_state=False),
+        "hidden_states": hidden_states_recorder("num_decoder_hidden_states"),
         "cross_attentions": OutputRecorder(CrossAttentions, index=0),
     }
 
@@ -253,20 +259,23 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             layer, and `cross_attentions`, one tensor `(batch, heads, target, source)`.
 
         Raises:
-            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, a mask of a wrong shape, or nothing to
-                attend to or to start from.
+            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, one of them, a mask, a state or what the
+                encoder returned of a wrong shape, or nothing to attend to or to start from.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
+        inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds, prefix="decoder_")
+        batch_size, seq_length = inputs_embeds.shape[:2]
         if encoder_hidden_states is None:
             raise ValueError("`encoder_hidden_states` must be given: there is nothing else to attend to.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        source_shape, memory_size = tuple(encoder_hidden_states.shape), self.config.encoder_output_size
+        if len(source_shape) != 3 or source_shape[0] != batch_size or source_shape[2] != memory_size:
+            raise ValueError(
+                f"`encoder_hidden_states` must have the shape ({batch_size}, source, {memory_size}), got "
+                f"{source_shape}."
+            )
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
-        states = self._initial_states(past_key_values, encoder_final_states)
+        states = self._initial_states(past_key_values, encoder_final_states, batch_size)
         recording = is_recording(target, 0)
-        memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask)
-        seq_length = inputs_embeds.shape[1]
+        memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask, again=seq_length == 1)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         run = self._run_steps if self.runs_step_by_step else self._run_layers
@@ -278,14 +287,16 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             write_state(target, layer_idx, new_states[layer_idx], seq_length, histories[layer_idx], initial)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, past_key_values=target)
 
-    def _initial_states(self, past_key_values: Cache | None, final_states: torch.Tensor | None) -> list[State]:
+    def _initial_states(
+        self, past_key_values: Cache | None, final_states: torch.Tensor | None, batch_size: int
+    ) -> list[State]:
         """The states of each layer; step by step, those of the first layer end with the last attentional vector."""
         states = []
         for layer_idx, layer in enumerate(self.layers):
             sizes = list(layer.state_sizes)
             if layer_idx == 0 and self.runs_step_by_step:
                 sizes.append(self.config.hidden_size)
-            states.append(read_state(past_key_values, layer_idx, sizes))
+            states.append(read_state(past_key_values, layer_idx, sizes, batch_size))
         if states[0] is not None:
             return states
         if final_states is None:
@@ -293,13 +304,24 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 "`encoder_outputs` must hold the encoder's final states in `pooler_output`, its second entry: pass on "
                 "what the encoder of this model returned."
             )
+        if final_states.shape[0] != batch_size:
+            raise ValueError(
+                f"The encoder's final states must be those of {batch_size} rows, got {final_states.shape[0]}."
+            )
         states = self.bridge(final_states)
         if self.runs_step_by_step:
             states[0] = (*states[0], torch.zeros_like(states[0][0]))
         return states
 
-    def _attentional_vectors(self, context: torch.Tensor, *features: torch.Tensor) -> torch.Tensor:
-        return self.output_dropout(torch.tanh(self.combine(torch.cat([context, *features], dim=-1))))
+    def _gather_around_steps(self) -> None:
+        """FSDP gathers the parameters of a layer around its `forward`; here it has to around every `step` as well."""
+        for layer in self.layers:
+            if isinstance(layer, FSDPModule) and "step" not in vars(layer):
+                register_fsdp_forward_method(layer, "step")
+
+    def _attentional_vectors(self, context: torch.Tensor, *features: torch.Tensor, linear=packed_linear):
+        combined = apply_linear(self.combine, torch.cat([context, *features], dim=-1), linear)
+        return self.output_dropout(torch.tanh(combined))
 
     def _run_layers(
         self,
@@ -335,10 +357,15 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         recording: bool,
     ):
         """Position by position through all layers. At padding the last attentional vector is repeated."""
+        self._gather_around_steps()
+        if embeddings.shape[1] == 0:
+            return self._run_no_step(embeddings, states, memory, recording)
         feeds = self.config.input_feeding
         *first, vector = states[0]
         states = [tuple(first), *states[1:]]
-        linears = [layer.recurrent_linear(embeddings) for layer in self.layers]
+        num_steps = embeddings.shape[1]
+        linear = loop_linear(embeddings, num_steps)
+        linears = [layer.loop_linear(embeddings, num_steps) for layer in self.layers]
         is_token = [None] * embeddings.shape[1] if padding is None else padding.mask.unsqueeze(-1).unbind(1)
 
         def hold(position: int, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -353,11 +380,11 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 inputs = torch.cat([embedding, context.squeeze(1)], dim=-1)
             outputs = []
             for index, layer in enumerate(self.layers):
-                inputs, states[index] = layer.step(inputs, states[index], is_token[position], linears[index])
+                inputs, states[index] = layer.step(inputs, states[index], is_token[position], linears[index], linear)
                 outputs.append(inputs)
             if feeds:
                 context, weight = self.attention(inputs.unsqueeze(1), memory)
-                vector = hold(position, self._attentional_vectors(context.squeeze(1), inputs), vector)
+                vector = hold(position, self._attentional_vectors(context.squeeze(1), inputs, linear=linear), vector)
                 vectors.append(vector)
             contexts.append(context)
             weights.append(weight)
@@ -377,6 +404,18 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         if recording:
             histories = [tuple(map(torch.stack, zip(*layer_steps))) for layer_steps in zip(*steps)]
         return torch.stack(vectors, dim=1), torch.cat(weights, dim=2), steps[-1], histories
+
+    def _run_no_step(self, embeddings: torch.Tensor, states: list[State], memory: AttentionMemory, recording: bool):
+        """A target without a single position leaves the states as they are."""
+        outputs = embeddings.new_empty(embeddings.shape[0], 0, self.config.hidden_size)
+        for layer in self.layers:
+            layer.recorded(outputs)
+        batch_size, num_heads, source, _ = memory.keys.shape
+        weights = memory.values.new_empty(batch_size, num_heads, 0, source)
+        histories = [None] * len(states)
+        if recording:
+            histories = [tuple(part.new_empty(0, *part.shape) for part in state) for state in states]
+        return outputs, weights, states, histories
 
 
 class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
@@ -409,6 +448,17 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
     def set_input_embeddings(self, value):
         self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
 
+    def _embed(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Hooks on `get_input_embeddings()`, such as the noise of NEFTune, are to act on source and target, whose own
+        embeddings share no more than its weight: where there are any, the tokens are embedded by it.
+        """
+        if input_ids is None or inputs_embeds is not None or not self.shared._forward_hooks:
+            return input_ids, inputs_embeds
+        return None, self.shared(input_ids)
+
     @can_return_tuple
     def forward(
         self,
@@ -439,8 +489,9 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             `ValueError`: No target can be made, or what encoder and decoder refuse.
         """
         if encoder_outputs is None:
+            source_ids, inputs_embeds = self._embed(input_ids, inputs_embeds)
             encoder_outputs = self.encoder(
-                input_ids=input_ids,
+                input_ids=source_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 return_dict=True,
@@ -455,6 +506,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             decoder_input_ids = shift_tokens_right(
                 input_ids, self.config.decoder_start_token_id, self.config.pad_token_id
             )
+        decoder_input_ids, decoder_inputs_embeds = self._embed(decoder_input_ids, decoder_inputs_embeds)
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -542,7 +594,8 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(self.projection(select_positions(outputs.last_hidden_state, logits_to_keep)))
+        hidden_states = self.projection(select_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=self.training and labels is not None)
         loss = None
         if labels is not None:
             # The labels are aligned with the logits already.

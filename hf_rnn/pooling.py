@@ -35,6 +35,8 @@ class SequencePooling(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, output_size)`.
         """
+        if hidden_states.shape[1] == 0:
+            return hidden_states.new_zeros(hidden_states.shape[0], self.output_size)
         if attention_mask is None:
             attention_mask = hidden_states.new_ones(hidden_states.shape[:2])
         mask = attention_mask.bool().unsqueeze(-1)

@@ -211,9 +211,13 @@ class RecurrentStateStaticLayer(RecurrentStateLayer):
 STATIC_LAYER_TYPE_MAPPING[RecurrentStateLayer._layer_type] = RecurrentStateStaticLayer
 
 
+def _decoder_cache(past_key_values: Cache) -> Cache:
+    is_pair = isinstance(past_key_values, EncoderDecoderCache)
+    return past_key_values.self_attention_cache if is_pair else past_key_values
+
+
 def _state_layer(past_key_values: Cache, layer_idx: int) -> RecurrentStateLayer:
-    if isinstance(past_key_values, EncoderDecoderCache):
-        past_key_values = past_key_values.self_attention_cache
+    past_key_values = _decoder_cache(past_key_values)
     # `DynamicCache()` without a config adds its layers as they are asked for, and would add the wrong ones.
     while len(past_key_values.layers) <= layer_idx:
         past_key_values.layers.append(RecurrentStateLayer())
@@ -226,19 +230,37 @@ def _state_layer(past_key_values: Cache, layer_idx: int) -> RecurrentStateLayer:
     return layer
 
 
+def _check_layers(past_key_values: Cache, num_layers: int) -> None:
+    if not isinstance(past_key_values, Cache):
+        raise TypeError(
+            f"`past_key_values` must be a cache of recurrent states, got a {type(past_key_values).__name__}. "
+            "Make it with `DynamicCache(config=model.config)`, or leave it out."
+        )
+    layers = _decoder_cache(past_key_values).layers
+    # Without a configuration the layers of a cache are made as they are asked for.
+    if len(layers) != num_layers and any(getattr(layer, "has_state", False) for layer in layers):
+        raise ValueError(f"`past_key_values` must hold the states of {num_layers} layers, got {len(layers)}.")
+
+
 def cache_to_fill(config, past_key_values: Cache | None, use_cache: bool | None, training: bool) -> Cache | None:
     """
     The cache that a forward writes its final state to, or None.
 
     Args:
-        config: The configuration of the model, which says what happens where `use_cache` is None. Even then no state is
-            kept while training unless one was given, because it would keep the graph of the batch alive.
+        config: The configuration of the model, which says what happens where `use_cache` is None and no cache is given.
+            Even then no state is kept while training, because it would keep the graph of the batch alive.
         past_key_values (`Cache`, *optional*): The cache to go on from, which is then the one to fill.
         use_cache (`bool`, *optional*): Whether the state is asked for.
         training (`bool`): Whether the model is in training mode.
+
+    Raises:
+        `TypeError`: `past_key_values` is no cache.
+        `ValueError`: It holds the states of a model with another number of layers.
     """
+    if past_key_values is not None:
+        _check_layers(past_key_values, len(config.layer_types))
     if use_cache is None:
-        use_cache = config.use_cache and (not training or past_key_values is not None)
+        use_cache = past_key_values is not None or (config.use_cache and not training)
     if not use_cache or past_key_values is not None:
         return past_key_values if use_cache else None
     cache = DynamicCache(config=config)
@@ -250,7 +272,9 @@ def is_recording(past_key_values: Cache | None, layer_idx: int) -> bool:
     return past_key_values is not None and _state_layer(past_key_values, layer_idx).record_past
 
 
-def read_state(past_key_values: Cache | None, layer_idx: int, sizes: list[int]) -> State | None:
+def read_state(
+    past_key_values: Cache | None, layer_idx: int, sizes: list[int], batch_size: int | None = None
+) -> State | None:
     """
     The state of a layer, or None before the first token.
 
@@ -258,18 +282,27 @@ def read_state(past_key_values: Cache | None, layer_idx: int, sizes: list[int]) 
         past_key_values (`Cache`, *optional*): The cache.
         layer_idx (`int`): Which layer.
         sizes (`list[int]`): The widths of its states.
+        batch_size (`int`, *optional*): The number of rows that go on from it; any where not given.
 
     Returns:
         `tuple` of `torch.Tensor` of shape `(batch, size)`, or None.
 
     Raises:
         `TypeError`: The cache is not one of recurrent states.
+        `ValueError`: The states are of another model or of another number of rows.
     """
     if past_key_values is None:
         return None
     layer = _state_layer(past_key_values, layer_idx)
     if not layer.has_state:
         return None
+    found = (layer.keys.shape[0], layer.keys.shape[1] + layer.values.shape[1])
+    wanted = (found[0] if batch_size is None else batch_size, sum(sizes))
+    if found != wanted or layer.keys.shape[1] != sizes[0]:
+        raise ValueError(
+            f"`past_key_values` must hold states of {wanted[0]} rows and {wanted[1]} features in layer {layer_idx}, "
+            f"got {found[0]} rows and {found[1]} features."
+        )
     return (layer.keys, *layer.values.split(sizes[1:], dim=-1))
 
 
@@ -303,3 +336,23 @@ def write_state(
     packed_history = None if history is None else _pack(history)
     packed_initial = None if initial is None else _pack(initial)
     layer.update(*_pack(state), num_tokens=num_tokens, history=packed_history, initial=packed_initial)
+
+
+def detach_state(past_key_values: Cache) -> Cache:
+    """
+    Cuts the state off from the computation that led to it, in place, so that the next piece of a text can go on from it
+    after `backward()` (truncated backpropagation through time).
+
+    Args:
+        past_key_values (`Cache`): A cache of recurrent states.
+
+    Returns:
+        The same cache.
+    """
+    is_pair = isinstance(past_key_values, EncoderDecoderCache)
+    for layer in (past_key_values.self_attention_cache if is_pair else past_key_values).layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        if layer.history is not None:
+            layer.history = tuple(states.detach() for states in layer.history)
+    return past_key_values

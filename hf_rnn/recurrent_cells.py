@@ -5,7 +5,7 @@ Time, padding, directions and layers are the business of `recurrent_layer.py`. A
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -78,6 +78,14 @@ class RecurrentCell(nn.Module):
             init.copy_(self.weight_hh, weight.to(self.weight_hh.dtype))
         init.zeros_(self.bias_ih)
         init.zeros_(self.bias_hh)
+
+    def forward(self, run: Callable[["RecurrentCell"], Any]) -> Any:
+        """
+        Calls `run(self)` and returns its result. Whoever reads the parameters of a cell that belongs to a model does it
+        in here, because what others put around a module (adapters of PEFT, offloading of Accelerate) is in force
+        during its forward, and because the cell may then be found behind such a wrapper only through a call.
+        """
+        return run(self)
 
     def initial_state(self, inputs: torch.Tensor) -> State:
         """Zero states `[batch, hidden]` for `inputs` `[batch, ...]`."""

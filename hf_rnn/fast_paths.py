@@ -1,0 +1,72 @@
+"""Which fast paths may be taken. Imports nothing of the package.
+
+Whatever a fast path computes, the plain loop over a cell's step computes too; each can be ruled out by its name, for a
+block of code or for a whole process.
+"""
+
+import contextlib
+import os
+from contextvars import ContextVar
+
+
+FAST_PATHS = {
+    "torch_kernel": "torch's kernels (oneDNN, cuDNN or ATen) over whole sequences, for the cells that they know",
+    "gru_function": "a GRU over a whole sequence on a CPU as one autograd function on packed weights",
+    "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
+    "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the layout of oneDNN",
+    "chunked_loss": "the cross-entropy of a vocabulary in pieces, without the logits of a whole batch in memory",
+}
+
+
+def _checked(names) -> frozenset[str]:
+    names = frozenset(names)
+    if names - FAST_PATHS.keys():
+        raise ValueError(f"Fast paths must be among {sorted(FAST_PATHS)}, got {sorted(names - FAST_PATHS.keys())}.")
+    return names
+
+
+def _from_environment() -> frozenset[str]:
+    if os.environ.get("HF_RNN_LOOP_ONLY", "0") == "1":
+        return frozenset(FAST_PATHS)
+    return _checked(name.strip() for name in os.environ.get("HF_RNN_WITHOUT", "").split(",") if name.strip())
+
+
+_RULED_OUT_BY_ENVIRONMENT = _from_environment()
+_ruled_out: ContextVar[frozenset[str]] = ContextVar("hf_rnn_ruled_out", default=_RULED_OUT_BY_ENVIRONMENT)
+
+
+def may_take(name: str) -> bool:
+    """Whether the fast path `name` is not ruled out."""
+    return name not in _ruled_out.get()
+
+
+@contextlib.contextmanager
+def without_fast_paths(*names: str):
+    """
+    Within this context the named fast paths are ruled out beside those that are already; all where none is named. The
+    environment variable `HF_RNN_WITHOUT=name,name` does the same for a whole process.
+
+    Args:
+        names (`str`): Keys of `FAST_PATHS`.
+
+    Raises:
+        `ValueError`: There is no fast path of that name.
+    """
+    token = _ruled_out.set(_ruled_out.get() | _checked(names or FAST_PATHS))
+    try:
+        yield
+    finally:
+        _ruled_out.reset(token)
+
+
+@contextlib.contextmanager
+def loop_only(enabled: bool = True):
+    """
+    Within this context every layer runs the plain loop over its cell's step, and no fast path; with `enabled=False`
+    any fast path. The environment variable `HF_RNN_LOOP_ONLY=1` does the same for a whole process.
+    """
+    token = _ruled_out.set(frozenset(FAST_PATHS) if enabled else frozenset())
+    try:
+        yield
+    finally:
+        _ruled_out.reset(token)

@@ -1,0 +1,161 @@
+"""Products with a weight in the layout of oneDNN, on CPUs. Imports nothing of the package but the choice of paths.
+
+`F.linear` in float32 takes another library on many CPUs, which reaches about half of what oneDNN does, and reads a
+weight in an order that suits it badly for a few rows. Both disappear where the weight was brought into oneDNN's own
+layout before. Torch has that as private operators: where they are missing, or not faster, nobody gets packed weights.
+"""
+
+import functools
+import time
+import weakref
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .fast_paths import may_take
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight `[out, in]` for [`multiply`]. Takes a few times as long as a product with one row."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def multiply(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` with the weight that was packed, without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+
+
+@functools.cache
+def packing_pays(dtype: torch.dtype) -> bool:
+    """Whether packed weights of this type work here and are faster than plain ones; measured once, in milliseconds."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+
+    def seconds(function) -> float:
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[2]
+
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            generator = torch.Generator().manual_seed(0)
+            weight, inputs = (torch.randn(rows, 256, generator=generator).to(dtype) for rows in (1024, 16))
+            packed = pack(weight)
+            expected, actual = F.linear(inputs, weight), multiply(inputs, packed)
+            tolerance = 1e-3 if dtype == torch.float32 else 1.0
+            if (expected - actual).abs().max() > tolerance:
+                return False
+            return seconds(lambda: multiply(inputs, packed)) < seconds(lambda: F.linear(inputs, weight))
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def can_pack(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a product of these two may take a packed weight."""
+    return (
+        inputs.device.type == "cpu"
+        and inputs.dtype == weight.dtype
+        and inputs.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and packing_pays(weight.dtype)
+    )
+
+
+class _Copy:
+    """A packed weight, and what tells whether it still is the weight."""
+
+    SAMPLES = 64
+
+    def __init__(self, weight: nn.Parameter):
+        key = id(weight)
+        self.weight = weakref.ref(weight, lambda _: _copies.pop(key, None))
+        self.pointer, self.version, self.text = weight.data_ptr(), weight._version, _text
+        flat = weight.detach().view(-1)
+        self.sample = flat[:: max(1, flat.numel() // self.SAMPLES)]
+        self.sampled = self.sample.clone()
+        self.packed: torch.Tensor | None = None
+        self.sum: int | None = None
+
+    def is_of(self, weight: nn.Parameter) -> bool:
+        """Whether the weight is still what it was."""
+        if self.weight() is not weight or self.pointer != weight.data_ptr() or self.version != weight._version:
+            return False
+        # Whoever writes through `weight.data`, as LoRA does when it is merged, changes neither pointer nor version:
+        # some of the numbers are compared at every step, all of them once for each text.
+        if not torch.equal(self.sample, self.sampled):
+            return False
+        if self.text != _text:
+            self.text = _text
+            return self.sum == _sum_of_bits(weight)
+        return True
+
+    def pack(self, weight: nn.Parameter) -> None:
+        self.packed, self.sum = pack(weight), _sum_of_bits(weight)
+
+
+def _sum_of_bits(weight: torch.Tensor) -> int:
+    bits = torch.int32 if weight.element_size() == 4 else torch.int16
+    return int(weight.detach().view(bits).sum(dtype=torch.int32))
+
+
+# More rows read the weight often enough without a copy of it.
+MANY_ROWS = 1024
+
+_copies: dict[int, _Copy] = {}
+_text = 0
+
+
+def begin_text() -> None:
+    """Says that a new text begins, for which all copies are compared with their weights once."""
+    global _text
+    _text += 1
+
+
+def forget_copies(module: nn.Module) -> None:
+    """Drops the packed copies of the weights of a module."""
+    for parameter in module.parameters():
+        _copies.pop(id(parameter), None)
+
+
+def packed_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    `F.linear` for single steps without gradients: with a packed copy of the weight from the second time on. The copy is
+    made anew when the weight has changed since.
+    """
+    takes_copy = (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        # Neither what a parametrization computed nor what is sharded or quantised.
+        and type(weight) is nn.Parameter
+        and weight.is_contiguous()
+        and not weight.is_inference()  # such tensors do not count their versions
+        and may_take("packed_linear")
+        and can_pack(inputs, weight)
+    )
+    if not takes_copy:
+        return F.linear(inputs, weight, bias)
+    copy = _copies.get(id(weight))
+    if copy is None or not copy.is_of(weight):
+        _copies[id(weight)] = _Copy(weight)
+        return F.linear(inputs, weight, bias)
+    if copy.packed is None:
+        copy.pack(weight)
+    return multiply(inputs, copy.packed, bias)
+
+
+def apply_linear(module: nn.Module, inputs: torch.Tensor, linear=packed_linear) -> torch.Tensor:
+    """`module(inputs)`, where it is just an `nn.Linear` (no adapter, no hook) and there are few rows by `linear`."""
+    # A graph is not to depend on the number of rows.
+    is_plain = (
+        type(module) is nn.Linear
+        and not torch.compiler.is_compiling()
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+    if not is_plain or inputs.numel() > MANY_ROWS * module.in_features:
+        return module(inputs)
+    return linear(inputs, module.weight, module.bias)

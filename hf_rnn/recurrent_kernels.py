@@ -1,0 +1,280 @@
+"""One layer's cells over a whole sequence: the definition, the fast paths, and the choice between them.
+
+There is one definition of what a layer computes, the loop in [`run_loop`] over a cell's step: a token changes the
+state, padding leaves it as it is, and the output of a position is the hidden state after it, so that at padding the
+last one is repeated. Whatever is faster gives the same. Imports the cells and the padding.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from .fast_paths import may_take
+from .gru_function import run_gru, takes_gru_function
+from .packed_linear import packed_linear
+from .packed_sequences import PackedPadding
+from .recurrent_cells import Linear, RecurrentCell, State
+from .recurrent_padding import Padding, gather_positions
+from .step_linear import step_linear
+
+
+# cuDNN copies parameters that do not lie in one piece at each call, and says so each time; they are apart on purpose,
+# under their own names.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk of memory")
+
+
+def project_inputs(cell: RecurrentCell, inputs: torch.Tensor, linear: Linear = F.linear) -> torch.Tensor:
+    """`cell.project_inputs(inputs)`, with `linear` for its product unless the cell has a projection of its own."""
+    if type(cell).project_inputs is not RecurrentCell.project_inputs:
+        return cell.project_inputs(inputs)
+    return linear(inputs, cell.weight_ih, cell.bias_ih)
+
+
+def masked_step(
+    cell: RecurrentCell, projected: torch.Tensor, state: State, is_token: torch.Tensor | None, linear: Linear = F.linear
+) -> State:
+    """One step of a cell that leaves the state of rows without a token `[batch, 1]` as it is."""
+    new_state = cell.step(projected, state, linear)
+    if is_token is None:
+        return new_state
+    return tuple(torch.where(is_token, new, old) for new, old in zip(new_state, state))
+
+
+def run_loop(
+    cell: RecurrentCell,
+    inputs: torch.Tensor,
+    state: State,
+    padding: Padding | None,
+    reverse: bool = False,
+    linear: Linear = F.linear,
+) -> tuple[torch.Tensor, State, list[State]]:
+    """
+    The definition of a recurrence in one direction: step by step.
+
+    Args:
+        cell (`RecurrentCell`): The cell.
+        inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): The inputs.
+        state (`tuple` of `torch.Tensor` of shape `(batch, hidden_size)`): The state before the first step.
+        padding (`Padding`, *optional*): Where the tokens lie.
+        reverse (`bool`): Whether to read from right to left.
+        linear: What stands for `F.linear` in recurrent products.
+
+    Returns:
+        The outputs `(batch, seq, hidden_size)`, the final state, and the state after every step in order of reading.
+    """
+    projected = project_inputs(cell, inputs, packed_linear if inputs.shape[1] == 1 else F.linear).unbind(1)
+    is_token = [None] * len(projected) if padding is None else padding.mask.unsqueeze(-1).unbind(1)
+    history = []
+    for position in reversed(range(len(projected))) if reverse else range(len(projected)):
+        state = masked_step(cell, projected[position], state, is_token[position], linear)
+        history.append(state)
+    outputs = [step[0] for step in (reversed(history) if reverse else history)]
+    return torch.stack(outputs, dim=1), state, history
+
+
+def call_torch_kernel(
+    cells: list[RecurrentCell], inputs: torch.Tensor, state: State, weights: list[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, State]:
+    """
+    Torch's own kernel (oneDNN, cuDNN or ATen) over a whole sequence without padding.
+
+    Args:
+        cells (`list[RecurrentCell]`): One cell, or one for each of two directions.
+        inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): The inputs.
+        state: The initial states of the first cell, then those of the second.
+        weights (`list[torch.Tensor]`, *optional*): Stands for the parameters of the cells.
+
+    Returns:
+        The outputs `(batch, seq, cells * hidden_size)` and the final states in the order of `state`.
+    """
+    if weights is None:
+        weights = [w for cell in cells for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+    if cells[0].torch_kernel == "gru" and takes_gru_function(inputs, weights[1]):
+        return _call_gru_function(inputs, state, weights)
+    num_states = len(cells[0].state_names)
+    initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
+    kernel = getattr(torch._VF, cells[0].torch_kernel)
+    # cuDNN has no backward for a forward that ran as inference, whatever the mode of the model.
+    keeps_graph = torch.is_grad_enabled()
+    outputs, *final = kernel(
+        inputs,
+        initial if num_states > 1 else initial[0],
+        weights,
+        True,  # biases
+        1,  # layers
+        0.0,  # dropout
+        keeps_graph,
+        len(cells) > 1,
+        True,  # batch first
+    )
+    return outputs, tuple(final[index][direction] for direction in range(len(cells)) for index in range(num_states))
+
+
+def _call_gru_function(inputs: torch.Tensor, state: State, weights: list[torch.Tensor]) -> tuple[torch.Tensor, State]:
+    """[`call_torch_kernel`] for GRUs on CPUs."""
+    outputs, final = [], []
+    for direction, hidden in enumerate(state):
+        weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * direction : 4 * direction + 4]
+        projected = F.linear(inputs.flip(1) if direction == 1 else inputs, weight_ih, bias_ih)
+        hiddens = run_gru(projected, hidden, weight_hh, bias_hh)
+        outputs.append(hiddens.flip(1) if direction == 1 else hiddens)
+        final.append(hiddens[:, -1])
+    return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0], tuple(final)
+
+
+# Far enough to close or open a gate completely in every precision, and within the range of float16.
+SATURATION = 1e4
+
+
+def run_torch_kernel(
+    cell: RecurrentCell,
+    inputs: torch.Tensor,
+    state: State,
+    padding: Padding,
+    reverse: bool = False,
+    needs_state: bool = True,
+) -> tuple[torch.Tensor, State]:
+    """
+    The same as [`run_loop`] on a padded batch, by torch's kernel: tokens are moved to the left in order of reading, run
+    as they are, and their outputs moved back. States that are not outputs (the LSTM's cell state) pass the padding at
+    the end unchanged, because one more input column, which is on at padding, holds them there by the gates.
+    """
+    index = padding.direction(reverse)
+    if index.gather is not None:
+        inputs = gather_positions(inputs, index.gather)
+    weights = None
+    if needs_state and cell.hold_gates is not None:
+        is_padding = (~padding.valid).to(inputs.dtype).unsqueeze(-1)
+        hold = cell.weight_ih.new_tensor(cell.hold_gates) * SATURATION
+        column = hold.repeat_interleave(cell.hidden_size).unsqueeze(-1)
+        inputs = torch.cat([inputs, is_padding], dim=-1)
+        weights = [torch.cat([cell.weight_ih, column], dim=-1), cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    outputs, final = call_torch_kernel([cell], inputs, state, weights)
+    last = padding.at_last(outputs, state[0])
+    if index.scatter is None:
+        outputs = torch.where(padding.valid.unsqueeze(-1), outputs, last.unsqueeze(1))
+    else:
+        outputs = gather_positions(outputs, index.scatter)
+        outputs = torch.where(index.started, outputs, state[0].to(outputs.dtype).unsqueeze(1))
+    return outputs, (last, *final[1:])
+
+
+def loop_linear(inputs: torch.Tensor, num_steps: int, kept: torch.Tensor | None = None) -> Linear:
+    """
+    What stands for `F.linear` in products of a loop over time, on the fastest path that serves.
+
+    Args:
+        inputs (`torch.Tensor` of shape `(batch, ...)`): Something of the device and type of the loop.
+        num_steps (`int`): How many steps the loop has.
+        kept (`torch.Tensor` of shape `(batch, hidden_size)`, *optional*): What to multiply hidden states with first.
+    """
+    linear = packed_linear if num_steps == 1 else step_linear(inputs, num_steps)
+    if kept is None:
+        return linear
+
+    def linear_keeping(hidden, weight, bias=None):
+        return linear(hidden * kept, weight, bias)
+
+    return linear_keeping
+
+
+def run_sequence(
+    cells: Sequence[RecurrentCell],
+    inputs: torch.Tensor,
+    state: State,
+    padding: Padding | None = None,
+    kept: Sequence[torch.Tensor] = (),
+    needs_state: bool = True,
+    needs_history: bool = False,
+) -> tuple[torch.Tensor, State, State | None]:
+    """
+    The cells of one layer over a whole sequence, on the fastest path that serves.
+
+    Args:
+        cells (`Sequence[RecurrentCell]`): The cell that reads from left to right, then the one from right to left, if
+            any.
+        inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): The inputs.
+        state (`tuple` of `torch.Tensor` of shape `(batch, hidden_size)`): The states of the cells before the sequence,
+            in the order of `cells`.
+        padding (`Padding`, *optional*): Where the tokens lie, and the texts where several stand in one row.
+        kept (`Sequence` of `torch.Tensor` of shape `(batch, hidden_size)`): For each cell the factors of the hidden
+            state in recurrent products; empty where all are one.
+        needs_state (`bool`): Whether the final states will be used; they are returned in any case, but may be wrong
+            where this is False.
+        needs_history (`bool`): Whether the state after each position is asked for (one direction only).
+
+    Returns:
+        The outputs `(batch, seq, cells * hidden_size)`, the final states in the order of `state`, and the states
+        `(seq, batch, hidden_size)` after each position or None.
+    """
+    if inputs.shape[1] == 0:
+        history = tuple(states.new_empty(0, *states.shape) for states in state) if needs_history else None
+        return inputs.new_empty(*inputs.shape[:2], len(cells) * cells[0].hidden_size), state, history
+    if isinstance(padding, PackedPadding):
+        return *_run_packed(cells, inputs, state, padding, kept, needs_state), None
+    if _takes_torch_kernel(cells[0], inputs, kept, needs_history):
+        if padding is None:
+            outputs, final = call_torch_kernel(cells, inputs, state)
+        else:
+            results = [
+                run_torch_kernel(cell, inputs, states, padding, reverse, needs_state)
+                for cell, states, reverse in _directions(cells, state)
+            ]
+            outputs, final = _join_directions(results)
+        return outputs, final, (outputs.transpose(0, 1),) if needs_history else None
+    results, histories = [], []
+    for cell, states, reverse in _directions(cells, state):
+        linear = loop_linear(inputs, inputs.shape[1], kept[int(reverse)] if kept else None)
+        outputs, final, history = run_loop(cell, inputs, states, padding, reverse, linear)
+        results.append((outputs, final))
+        histories.append(history)
+    outputs, final = _join_directions(results)
+    return outputs, final, tuple(map(torch.stack, zip(*histories[0]))) if needs_history else None
+
+
+def _run_packed(
+    cells: Sequence[RecurrentCell],
+    inputs: torch.Tensor,
+    state: State,
+    padding: PackedPadding,
+    kept: Sequence[torch.Tensor],
+    needs_state: bool,
+) -> tuple[torch.Tensor, State]:
+    """
+    [`run_sequence`] over rows of several texts, with each text in a row of its own: all of them begin with the `state`
+    of their row, the final one is that of the last text, and the states in between are not to be had.
+    """
+    outputs, final, _ = run_sequence(
+        cells,
+        padding.split(inputs),
+        padding.for_texts(state),
+        padding.of_texts,
+        padding.for_texts(kept),
+        needs_state,
+    )
+    return padding.join(outputs), padding.of_last_texts(final)
+
+
+def _takes_torch_kernel(cell: RecurrentCell, inputs, kept, needs_history: bool) -> bool:
+    # A compiler can look neither into the kernel nor, for that matter, into a context variable.
+    if cell.torch_kernel is None or kept or torch.compiler.is_compiling() or not may_take("torch_kernel"):
+        return False
+    if needs_history and len(cell.state_names) > 1:
+        return False
+    # For a single step the kernel would spend its time on setting itself up.
+    return inputs.shape[0] > 0 and inputs.shape[1] > 1
+
+
+def _directions(cells: Sequence[RecurrentCell], state: State):
+    """For each cell the cell, its part of the states, and whether it reads from right to left."""
+    num_states = len(cells[0].state_names)
+    for index, cell in enumerate(cells):
+        yield cell, state[index * num_states : (index + 1) * num_states], index == 1
+
+
+def _join_directions(results: list[tuple[torch.Tensor, State]]) -> tuple[torch.Tensor, State]:
+    if len(results) == 1:
+        return results[0]
+    return torch.cat([outputs for outputs, _ in results], dim=-1), sum((final for _, final in results), ())

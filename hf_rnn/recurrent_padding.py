@@ -1,0 +1,128 @@
+"""Where the tokens of a padded batch lie, and how to move them together and back. Imports nothing of the package."""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+
+class DirectionIndex(NamedTuple):
+    """How one direction reads a padded batch: its tokens moved to the left, in the order of reading."""
+
+    gather: torch.Tensor | None  # [batch * seq], where the tokens lie; None if they lie at the left in reading order
+    scatter: torch.Tensor | None  # [batch * seq], the step whose output each position shows; None as above
+    started: torch.Tensor | None  # [batch, seq, 1], False where nothing was read yet; None as above
+
+
+class Padding:
+    """
+    Where the tokens of a batch lie, prepared once and shared by all layers.
+
+    Args:
+        mask (`torch.Tensor` of shape `(batch, seq)`): True where there is a token.
+        is_right_padded (`bool`): Whether all padding is known to lie at the end.
+    """
+
+    def __init__(self, mask: torch.Tensor, is_right_padded: bool = False):
+        self.mask = mask
+        self.is_right_padded = is_right_padded
+        self._directions: dict[bool, DirectionIndex] = {}
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Number of tokens `[batch]`."""
+        return self.mask.sum(dim=1)
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        """The last step that reads a token `[batch, 1, 1]`; 0 in rows without one."""
+        return (self.lengths - 1).clamp(min=0)[:, None, None]
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """True at the first `lengths` steps `[batch, seq]`."""
+        return torch.arange(self.mask.shape[1], device=self.mask.device) < self.lengths[:, None]
+
+    @classmethod
+    def from_attention_mask(
+        cls, attention_mask: torch.Tensor | None, inputs: torch.Tensor, has_past: bool = False
+    ) -> "Padding | None":
+        """
+        Args:
+            attention_mask (`torch.Tensor` of shape `(batch, seq)`, *optional*): Non-zero where there is a token.
+            inputs (`torch.Tensor` of shape `(batch, seq, ...)`): What the mask belongs to.
+            has_past (`bool`): Whether the mask may begin with columns of earlier tokens, which are left out.
+
+        Returns:
+            `Padding`, or None where nothing is known to be padding.
+
+        Raises:
+            `ValueError`: The mask has another shape.
+        """
+        if attention_mask is None:
+            return None
+        batch, seq = inputs.shape[:2]
+        shape = tuple(attention_mask.shape)
+        if len(shape) != 2 or shape[0] != batch or shape[1] < seq or (shape[1] > seq and not has_past):
+            wanted = f"({batch}, {'past + ' if has_past else ''}{seq})"
+            raise ValueError(f"`attention_mask` must have the shape {wanted}, got {shape}.")
+        mask = attention_mask[:, shape[1] - seq :].bool()
+        # Looking at the values costs nothing on a CPU; elsewhere it would wait for the device.
+        if mask.device.type != "cpu" or torch.compiler.is_compiling():
+            return cls(mask)
+        if mask.all():
+            return None
+        return cls(mask, is_right_padded=bool((mask[:, 1:] <= mask[:, :-1]).all()))
+
+    def direction(self, reverse: bool) -> DirectionIndex:
+        """The index for reading from left to right, or from right to left."""
+        if reverse not in self._directions:
+            self._directions[reverse] = self._make_direction(reverse)
+        return self._directions[reverse]
+
+    def _make_direction(self, reverse: bool) -> DirectionIndex:
+        if self.is_right_padded and not reverse:
+            return DirectionIndex(None, None, None)
+        batch, seq = self.mask.shape
+        steps = torch.arange(seq, device=self.mask.device).expand(batch, seq)
+        offset = torch.arange(batch, device=self.mask.device)[:, None] * seq
+        tokens_until = self.mask.long().cumsum(dim=1)  # at or before the position
+        # Which step reads the token at a position; padding goes behind all tokens, in its own order.
+        padding_step = self.lengths[:, None] + steps - tokens_until
+        if reverse:
+            token_step = self.lengths[:, None] - tokens_until
+            tokens_read = token_step + self.mask.long()  # at or after the position
+        else:
+            token_step = tokens_until - 1
+            tokens_read = tokens_until
+        order = torch.empty_like(steps).scatter(1, torch.where(self.mask, token_step, padding_step), steps)
+        scatter = (tokens_read - 1).clamp(min=0) + offset
+        return DirectionIndex((order + offset).flatten(), scatter.flatten(), (tokens_read > 0)[:, :, None])
+
+    def at_last(self, outputs: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        """The output `[batch, size]` of the last step that read a token; `initial` for rows without one."""
+        last = outputs.gather(1, self.last.expand(-1, 1, outputs.shape[-1])).squeeze(1)
+        return torch.where((self.lengths == 0)[:, None], initial.to(last.dtype), last)
+
+    def spread(self, outputs: torch.Tensor, initial: torch.Tensor, reverse: bool) -> torch.Tensor:
+        """
+        Outputs of tokens that were moved to the left in the order of the text, back at their positions, with the last
+        one that was read repeated at padding.
+
+        Args:
+            outputs (`torch.Tensor` of shape `(batch, seq, size)`): The outputs, the first token's first.
+            initial (`torch.Tensor` of shape `(batch, size)`): What stands where nothing was read yet.
+            reverse (`bool`): Whether tokens were read from right to left.
+        """
+        batch, seq = self.mask.shape
+        tokens_until = self.mask.long().cumsum(dim=1)  # at or before the position
+        index = tokens_until - self.mask.long() if reverse else tokens_until - 1
+        is_read = index < self.lengths[:, None] if reverse else index >= 0
+        offset = torch.arange(batch, device=self.mask.device)[:, None] * seq
+        spread = gather_positions(outputs, (index.clamp(0, seq - 1) + offset).flatten())
+        return torch.where(is_read[:, :, None], spread, initial.to(outputs.dtype).unsqueeze(1))
+
+
+def gather_positions(features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` `[batch * seq]` of `features` `[batch, seq, size]` taken as `[batch * seq, size]`, same shape."""
+    return features.flatten(0, 1).index_select(0, index).view_as(features)

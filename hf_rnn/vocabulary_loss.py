@@ -1,0 +1,148 @@
+"""The cross-entropy of a projection to a vocabulary, without all logits in memory at once.
+
+Imports nothing of the package.
+"""
+
+import math
+
+import torch
+
+
+# A chunk of logits holds as many numbers as the weight (whose gradient needs that memory anyway), but at least these.
+MIN_CHUNK_SIZE = 2**22
+
+
+def chunk_length(num_rows: int, weight: torch.Tensor) -> int:
+    """How many rows of logits to compute at a time, such that the chunks of `num_rows` rows are about equal."""
+    longest = max(1, max(weight.numel(), MIN_CHUNK_SIZE) // weight.shape[0])
+    return math.ceil(num_rows / max(1, math.ceil(num_rows / longest)))
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    r"""
+    `cross_entropy(linear(hidden_states, weight, bias), labels)` and its gradients, exact but for rounding: the logits
+    of a chunk of rows become the gradient with respect to them in place, and this is multiplied into the gradients of
+    the arguments at once. Rows that are ignored take no part. No second derivatives.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(rows, size)`): What is projected.
+        weight (`torch.Tensor` of shape `(vocab_size, size)`): The projection.
+        bias (`torch.Tensor` of shape `(vocab_size,)`, *optional*): Its bias.
+        labels (`torch.LongTensor` of shape `(rows,)`): Token ids; `ignore_index` where there is none.
+        ignore_index (`int`): The label of a row that is ignored.
+        reduction (`str`): `"mean"` over the labels (nan where there are none) or `"sum"`.
+        dtype (`torch.dtype`, *optional*): What to multiply in; by default the type of `hidden_states`. Sums,
+            exponentials and logarithms are in float32 or, for float64, in float64.
+
+    Returns:
+        The loss in that wider type.
+
+    Raises:
+        `IndexError`: On a CPU, a label that is no token id.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
+    kept = (labels != ignore_index).nonzero().squeeze(-1)
+    if len(kept) < len(labels):
+        hidden_states, labels = hidden_states[kept], labels[kept]
+    if labels.device.type == "cpu" and len(labels) > 0:
+        lowest, highest = (label.item() for label in labels.aminmax())
+        if lowest < 0 or highest >= len(weight):
+            wrong = lowest if lowest < 0 else highest
+            raise IndexError(f"`labels` must be {ignore_index} or from 0 to {len(weight) - 1}, got {wrong}.")
+    if not torch.is_grad_enabled():
+        hidden_states, weight = hidden_states.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    return _LinearCrossEntropy.apply(
+        hidden_states, weight, bias, labels, hidden_states.dtype if dtype is None else dtype, reduction == "mean"
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients of a sum of losses beside that sum; the backward scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels, dtype, mean):
+        # Under autocast `dtype` says already what to multiply in.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            total, gradients = _sum_and_gradients(hidden_states, weight, bias, labels, dtype, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)]
+        ctx.divisor = max(1, len(labels)) if mean else 1
+        ctx.has_labels = len(labels) > 0
+        return total / len(labels) if mean else total
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss of a model in training mode has no second derivatives (`create_graph=True`). Set "
+                "`HF_RNN_WITHOUT=chunked_loss` or the context `hf_rnn.without_fast_paths('chunked_loss')` around the "
+                "forward to have them."
+            )
+        # Without any label the gradients are zeros, as they are for the stock loss, though the mean is nan, and so is
+        # the quotient of a sum and a number of labels that is zero.
+        scale = grad_loss / ctx.divisor if ctx.has_labels else 1
+        gradients = [
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return *gradients, None, None, None
+
+
+def _sum_and_gradients(hidden_states, weight, bias, labels, dtype, needs_gradient):
+    """The sum of the losses, and its gradients with respect to hidden states, weight and bias where they are needed."""
+    num_rows, vocab_size = len(labels), len(weight)
+    wide = torch.promote_types(dtype, torch.float32)
+    step = max(1, chunk_length(num_rows, weight))
+    total = hidden_states.new_zeros((), dtype=wide)
+    grad_hidden = torch.empty_like(hidden_states) if needs_gradient[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=wide) if needs_gradient[2] else None
+    narrow_weight = weight.to(dtype)
+    narrow_bias = None if bias is None else bias.to(dtype)
+    buffer = hidden_states.new_empty((min(step, num_rows), vocab_size), dtype=wide)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        features, chunk_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
+        logits = buffer[: len(features)]
+        _linear(features, narrow_weight, narrow_bias, logits)
+        highest = logits.amax(dim=-1, keepdim=True)
+        of_labels = logits.gather(-1, chunk_labels)
+        probabilities = logits.sub_(highest).exp_()
+        sums = probabilities.sum(dim=-1, keepdim=True)
+        total += (sums.log() + highest - of_labels).sum()
+        if not any(needs_gradient):
+            continue
+        grad_logits = probabilities.div_(sums)
+        grad_logits.scatter_add_(-1, chunk_labels, torch.full_like(sums, -1))
+        if grad_bias is not None:
+            grad_bias += grad_logits.sum(dim=0)
+        grad_logits = grad_logits.to(dtype)
+        if grad_hidden is not None:
+            grad_hidden[rows] = grad_logits @ narrow_weight
+        if grad_weight is None:
+            continue
+        if dtype == wide:
+            grad_weight.addmm_(grad_logits.t(), features)
+        else:
+            grad_weight += grad_logits.t() @ features
+    return total, (grad_hidden, grad_weight, grad_bias)
+
+
+def _linear(features, weight, bias, out):
+    """`torch.nn.functional.linear` into `out`, whose type may be wider."""
+    if out.dtype != features.dtype:
+        out.copy_(torch.nn.functional.linear(features, weight, bias))
+    elif bias is None:
+        torch.mm(features, weight.t(), out=out)
+    else:
+        torch.addmm(bias, features, weight.t(), out=out)
