@@ -30,8 +30,12 @@ TINY_TRANSLATOR = {
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 60
 
 
-def command(script: str, output_dir: Path, options: dict) -> list[str]:
-    words = [sys.executable, str(REPOSITORY / "examples" / script), "--output_dir", str(output_dir)]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+
+
+def command(script: str, output_dir: Path, options: dict, launcher: tuple[str, ...] = ()) -> list[str]:
+    words = [sys.executable, *launcher, str(REPOSITORY / "examples" / script), "--output_dir", str(output_dir)]
     return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
@@ -39,9 +43,9 @@ def environment() -> dict:
     return os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
 
 
-def run(script: str, output_dir: Path, status: int = 0, **options) -> str:
+def run(script: str, output_dir: Path, status: int = 0, launcher: tuple[str, ...] = (), **options) -> str:
     done = subprocess.run(
-        command(script, output_dir, options), capture_output=True, text=True, env=environment(), check=False
+        command(script, output_dir, options, launcher), capture_output=True, text=True, env=environment(), check=False
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -105,3 +109,28 @@ def test_stop_and_resume(tmp_path):
     assert whole.keys() == stopped.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(stopped[name], weight, rtol=0, atol=0, msg=name)
+
+
+def steps_of(output_dir: Path) -> int:
+    return json.loads((output_dir / "trainer_state.json").read_text())["global_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "processes"), [(TORCHRUN, 2), (ACCELERATE, 1)], ids=["torchrun", "accelerate"])
+def test_launchers(launcher, processes, tmp_path):
+    """Under a launcher the processes share the data, and the first alone prints and writes."""
+    output = run("translate.py", tmp_path / "translator", launcher=launcher, **TINY_TRANSLATOR)
+    assert steps_of(tmp_path / "translator") == 2 * 256 // (32 * processes)
+    assert output.count("Model, scores and translations:") == output.count("sacreBLEU, 5 beams") == 1
+    assert len((tmp_path / "translator" / "test_translations.jsonl").read_text().splitlines()) == 16
+    assert json.loads((tmp_path / "translator" / "all_results.json").read_text())["test_samples"] == 16
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "translator")
+
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = {"hidden_size": 16, "num_train_epochs": 1, "block_size": 32, "max_new_tokens": 20}
+    options |= {"per_device_train_batch_size": 8, "train_file": tmp_path / "text.txt"}
+    output = run("language_model.py", tmp_path / "model", launcher=launcher, **options)
+    blocks = -(-(int(len(TEXT) * 0.9) - 1) // 32)
+    assert steps_of(tmp_path / "model") == -(-blocks // (8 * processes))
+    assert output.count("Model, scores and samples:") == output.count("--- sample 1 ---") == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")

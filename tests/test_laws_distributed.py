@@ -54,6 +54,7 @@ for problem_type, num_labels in [("regression", 1), ("regression", 4), ("multi_l
         "RNNForSequenceClassification",
         {"problem_type": problem_type, "num_labels": num_labels},
     )
+CASES["RNNForCausalLM-tied"] = ("RNNForCausalLM", {"tie_word_embeddings": True})
 for decoder in DECODERS:
     CASES[f"RNNSeq2SeqForConditionalGeneration-{case_id(decoder)}"] = ("RNNSeq2SeqForConditionalGeneration", decoder)
 
@@ -111,9 +112,9 @@ def make_arguments(folder, batch_size, arguments_class=TrainingArguments, **opti
     return arguments_class(**(defaults | options))
 
 
-def train_one_step(name, options, folder, batch_size, accumulation_steps=1):
+def train_one_step(name, options, folder, batch_size, accumulation_steps=1, model=None):
     """One step of plain gradient descent with learning rate 1, so that weights show the gradient."""
-    model = make_model(name, **options)
+    model = make_model(name, **options) if model is None else model
     arguments = make_arguments(
         folder,
         batch_size,
@@ -200,20 +201,25 @@ def test_accumulated_steps(case, tmp_path):
         assert_same_weights(pieces, whole)
 
 
-def check_two_processes(cases, folder):
-    """Trains on two processes, half of the batch on each, whole and in two steps, and compares with one process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run_torchrun(script, folder, *arguments):
+    """Runs a script of this folder on two processes, with `folder` and `arguments` as its arguments."""
     tests = Path(__file__).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), *filter(None, sys.path)])
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [str(tests / "ddp_worker.py"), str(folder), *cases],
+        + [str(tests / script), str(folder), *arguments],
         env=environment,
         cwd=folder,
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr[-4000:]
+
+
+def check_two_processes(cases, folder):
+    """Trains on two processes, half of the batch on each, whole and in two steps, and compares with one process."""
+    run_torchrun("ddp_worker.py", folder, *cases)
     for case in cases:
         name, options = CASES[case]
         whole = train_one_step(name, options, folder, BATCH).state_dict()
@@ -230,6 +236,29 @@ def test_two_processes(tmp_path):
 def test_two_processes_of_every_class(tmp_path):
     """The same for every class and every kind of labels."""
     check_two_processes(list(CASES), tmp_path)
+
+
+def check_sharded(cases, folder):
+    """Trains on two processes with sharded parameters, and compares with one process that has all of them."""
+    run_torchrun("fsdp_worker.py", folder, *cases)
+    for case in cases:
+        name, options = CASES[case]
+        whole = train_one_step(name, options, folder, BATCH).state_dict()
+        for way, steps in itertools.product(("torch", "transformers"), (1, 2)):
+            # Every process adds up its losses in float32.
+            assert_same_weights(torch.load(folder / f"{case}-{way}-{steps}.pt"), whole, 1e-6)
+
+
+def test_sharded_parameters(tmp_path):
+    """FSDP2, by torch alone and by transformers: laws 7 and 8, tied embeddings, and generation on both processes."""
+    check_sharded(["RNNForCausalLM-tied"], tmp_path)
+
+
+@pytest.mark.slow
+def test_sharded_parameters_of_every_kind(tmp_path):
+    """The same for encoders, taggers, and translators with every type of decoder."""
+    names = ("RNNForCausalLM", "RNNForMaskedLM", "RNNForTokenClassification", "RNNSeq2SeqForConditionalGeneration")
+    check_sharded([case for case in CASES if case in names or case.startswith(f"{names[-1]}-")], tmp_path)
 
 
 def dropouts_of(name):

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from transformers import StaticCache, set_seed
+from transformers import CompileConfig, StaticCache, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from hf_rnn import RNNConfig
@@ -549,3 +549,22 @@ def test_encoder_outputs_given(translators):
         for options in [{}, {"num_beams": 3, "num_return_sequences": 2}]:
             expected = generate(model, prompts, **options)
             assert_same(generate(model, dict(others), **options), expected)
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_compiled_step_stays_compiled(name):
+    """One compilation serves every step of a text with padding and of another of the same shape."""
+    model = make_open_ended(name)
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
+    compile_config._compile_all_devices = True
+    mask = torch.ones(BATCH, PROMPT_LENGTH, dtype=torch.long)
+    mask[1, :2] = 0
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed in range(2):
+        inputs = {"inputs": make_tokens(BATCH, PROMPT_LENGTH, seed=seed), "attention_mask": mask}
+        expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        options = {"cache_implementation": "static", "compile_config": compile_config}
+        compiled = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+        assert compiled.tolist() == expected.tolist()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, loop_only, recurrent_layer
+from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, loop_only, recurrent_kernels
 from hf_rnn.recurrent_layer import Padding, RecurrentLayer
 from matrix import MODEL_CLASSES, make_config, make_inputs, make_mask, make_model, options_of
 from reference import (
@@ -104,13 +104,13 @@ def assert_same(actual: dict, expected: dict, where: str = "", rtol: float = 1e-
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """A list with one entry for each call of torch's kernel."""
-    calls, call = [], recurrent_layer.call_torch_kernel
+    calls, call = [], recurrent_kernels.call_torch_kernel
 
     def record(*args):
         calls.append(args)
         return call(*args)
 
-    monkeypatch.setattr(recurrent_layer, "call_torch_kernel", record)
+    monkeypatch.setattr(recurrent_kernels, "call_torch_kernel", record)
     return calls
 
 

@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import OutputRecorder
 
 import hf_rnn
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, REGISTRATION, RNNConfig, RNNSeq2SeqConfig
@@ -187,7 +188,7 @@ def test_what_transformers_asks_of_a_configuration():
     # Asking changed nothing.
     assert (config.encoder_layers, config.decoder_layers) == (1, 3)
     for config_class in REGISTRATION:
-        assert config_class.keys_to_ignore_at_inference == ["past_key_values"]
+        assert "past_key_values" in config_class.keys_to_ignore_at_inference
 
 
 SHARED_MISTAKES = [
@@ -347,6 +348,26 @@ def test_hidden_states(name):
             assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
         model.config.output_hidden_states = True
         assert len(run(model, name).hidden_states) == 4
+
+
+@pytest.mark.skipif(
+    not hasattr(OutputRecorder, "num_hidden_layers_key"), reason="older transformers know no negative indices"
+)
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_chosen_hidden_states(name):
+    """Chosen by index, from the end too, where encoder and decoder have different numbers of layers."""
+    if name in SEQ2SEQ:
+        model = make_model(name, encoder_layers=2, decoder_layers=3)
+        keys = {"encoder_hidden_states": 3, "decoder_hidden_states": 4}
+    else:
+        model, keys = make_model(name, num_hidden_layers=3), {"hidden_states": 4}
+    everything = run(model, name, output_hidden_states=True)
+    for chosen in ([0, -1], [-2]):
+        output = run(model, name, output_hidden_states=chosen)
+        for key, number in keys.items():
+            kept = {index % number for index in chosen}
+            for index, (states, expected) in enumerate(zip(output[key], everything[key], strict=True)):
+                assert states is None if index not in kept else torch.equal(states, expected)
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)

@@ -1,0 +1,237 @@
+"""Law 9, first half: eager = `torch.compile` = exported program, for lengths and batch sizes not seen before."""
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from hf_rnn import RECURRENT_CELLS, loop_only
+from hf_rnn.recurrent_cells import LSTMCell
+from hf_rnn.recurrent_layer import RecurrentLayer
+from hf_rnn.recurrent_operator import recurrent_layer
+from hf_rnn.recurrent_padding import Padding
+from matrix import MODEL_CLASSES, make_config, make_inputs, make_mask, make_model, make_tokens
+
+
+CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
+DIRECTIONS = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_direction", "two_directions"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def random_mask(*shape: int) -> torch.Tensor:
+    return (torch.rand(*shape, generator=torch.Generator().manual_seed(shape[0])) > 0.3).long()
+
+
+def operator_arguments(cell_type: str, bidirectional: bool, mask: torch.Tensor | None, with_kept: bool, dtype):
+    layer = RecurrentLayer(make_config("RNNModel", cell_type=cell_type), 5, 0, bidirectional).to(dtype)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    batch, seq = (3, 4) if mask is None else mask.shape
+    inputs = torch.randn(batch, seq, 5, dtype=dtype, requires_grad=True)
+    states = [torch.randn(batch, size, dtype=dtype, requires_grad=True) for size in layer.state_sizes]
+    weights = [weight for cell in layer.cells for weight in cell.parameters()]
+    kept = [torch.randint(0, 2, (batch, 6)).to(dtype) * 2 for _ in layer.cells] if with_kept else []
+    return inputs, states, weights, kept, None if mask is None else mask.bool(), cell_type, None
+
+
+@CELLS
+@DIRECTIONS
+def test_the_operator_is_what_it_says(cell_type, bidirectional):
+    """Schema, shapes, gradients: what a compiler assumes of it."""
+    for mask in (None, make_mask(4)[:4]):
+        for with_kept in (False, True):
+            arguments = operator_arguments(cell_type, bidirectional, mask, with_kept, torch.float32)
+            opcheck(recurrent_layer, arguments)
+
+
+@CELLS
+@DIRECTIONS
+def test_the_operator_is_the_loop(cell_type, bidirectional):
+    """Results and gradients of all arguments, with padding of every kind and dropped units."""
+    for mask in (None, make_mask()):
+        for with_kept in (False, True):
+            inputs, states, weights, kept, mask, *_ = operator_arguments(
+                cell_type, bidirectional, mask, with_kept, torch.float64
+            )
+            layer = RecurrentLayer(make_config("RNNModel", cell_type=cell_type), 5, 0, bidirectional).double()
+            layer.load_state_dict(dict(zip(layer.state_dict(), weights)))
+            units = iter(kept)
+            layer.kept_units = lambda inputs, units=units: next(units, None)
+
+            def objective(results):
+                return sum((result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum() for result in results)
+
+            actual = recurrent_layer(inputs, states, weights, kept, mask, cell_type, None)
+            given = torch.autograd.grad(objective(actual), [inputs, *states, *weights])
+            with loop_only():
+                outputs, final, _ = layer(inputs, tuple(states), None if mask is None else Padding(mask))
+            wanted = torch.autograd.grad(objective([outputs, *final]), [inputs, *states, *layer.parameters()])
+            for pair in zip([*actual, *given], [outputs, *final, *wanted], strict=True):
+                torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-10)
+
+
+def compare(model, compiled, inputs: dict, tolerance: float = 1e-9) -> None:
+    """Logits, loss and every gradient, compiled and not."""
+    results = []
+    for module in (compiled, model):
+        outputs = module(**inputs)
+        objective = sum(
+            (value.clamp(min=-1e3).double() * 0.1).sum()
+            for key, value in outputs.items()
+            if isinstance(value, torch.Tensor) and value.requires_grad
+        )
+        gradients = torch.autograd.grad(objective, list(model.parameters()), allow_unused=True)
+        values = [value for value in outputs.values() if isinstance(value, torch.Tensor)]
+        results.append([*values, *(gradient for gradient in gradients if gradient is not None)])
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair, rtol=max(tolerance, 1e-6), atol=max(tolerance, 1e-6))
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_graphs_of_training(name):
+    """
+    The graph of every class is whole, and one graph serves all lengths and batch sizes once it is known that they
+    change. What a graph is compiled to is tested below.
+    """
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_model(name).train()
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for batch, seq in [(6, 7), (5, 8), (4, 12), (7, 31), (3, 9), (2, 16)]:
+        inputs = make_inputs(name, batch, seq)
+        if name != "RNNForMultipleChoice":
+            inputs["attention_mask"] = random_mask(batch, seq)
+        compare(model, compiled, inputs)
+    assert len(graphs) <= 3
+    nodes = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("recurrent_layer" in node for node in nodes) >= 2 * len(graphs)
+
+
+@CELLS
+@pytest.mark.slow
+def test_compiled_training(cell_type):
+    """By the default compiler, with recurrent dropout left to chance in neither."""
+    model = make_model("RNNForCausalLM", cell_type=cell_type).train()
+    compiled = torch.compile(model, fullgraph=True)
+    for batch, seq in [(6, 7), (5, 8), (4, 30)]:
+        compare(
+            model, compiled, make_inputs("RNNForCausalLM", batch, seq) | {"attention_mask": random_mask(batch, seq)}
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["RNNForTokenClassification", "RNNSeq2SeqForConditionalGeneration"])
+def test_compiled_training_of_other_classes(name):
+    options = {"bidirectional": True} if name == "RNNForTokenClassification" else {}
+    model = make_model(name, **options).train()
+    compiled = torch.compile(model, fullgraph=True)
+    for batch, seq in [(6, 7), (5, 8), (4, 30)]:
+        compare(model, compiled, make_inputs(name, batch, seq) | {"attention_mask": random_mask(batch, seq)})
+
+
+def test_mixed_precision():
+    """Under autocast the operator computes in the lower precision, as the kernel does without a compiler."""
+    model = make_model("RNNForCausalLM", dtype=torch.float32, hidden_size=32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = make_inputs("RNNForCausalLM", with_labels=False) | {"attention_mask": make_mask()}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = compiled(**inputs).logits, model(**inputs).logits
+    assert actual.dtype == expected.dtype
+    assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_checkpointed_layers():
+    """Gradient checkpointing within a graph."""
+    model = make_model("RNNForCausalLM").train()
+    inputs = make_inputs("RNNForCausalLM")
+    expected = model(**inputs).loss
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    loss = torch.compile(model, backend="aot_eager")(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for parameter, gradient in zip(model.parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_state_goes_in_and_out():
+    """Chunks of a text through one compiled model, with the state carried."""
+    model = make_model("RNNForCausalLM")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = make_tokens(3, 20)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        past, logits = None, []
+        for chunk in tokens.split([4, 6, 1, 1, 8], dim=1):
+            outputs = compiled(chunk, past_key_values=past, use_cache=True)
+            past = outputs.past_key_values
+            logits.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_decode_step():
+    """`generate` with a static cache compiles the forward of a step into one graph, and writes the same tokens."""
+    for name in ("RNNForCausalLM", "RNNSeq2SeqForConditionalGeneration"):
+        model = make_model(name, dtype=torch.float32)
+        inputs = {"input_ids": make_tokens(2, 6)}
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        step = torch.compile(model.forward, fullgraph=True)
+        forward, calls = model.forward, []
+
+        def counted(*args, step=step, forward=forward, calls=calls, **kwargs):
+            tokens = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
+            is_step = kwargs.get("past_key_values") is not None and tokens.shape[1] == 1
+            calls.append(is_step)
+            return (step if is_step else forward)(*args, **kwargs)
+
+        model.forward = counted
+        actual = model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static")
+        assert any(calls)
+        assert torch.equal(actual, expected)
+
+
+def test_cells_out_of_the_table():
+    """A layer whose cell's class is no longer to be found runs the loop in the graph."""
+
+    class Gone(LSTMCell):
+        def step(self, projected, state, linear=F.linear):
+            return super().step(projected, state, linear)
+
+    RECURRENT_CELLS["gone"] = Gone
+    try:
+        model = make_model("RNNForCausalLM", cell_type="gone")
+    finally:
+        del RECURRENT_CELLS["gone"]
+    inputs = make_inputs("RNNForCausalLM")
+    compare(model, torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+
+
+def test_a_new_cell_is_compiled_at_any_length(monkeypatch):
+    """A cell that somebody adds goes through the operator as the plain four do."""
+
+    class Mine(LSTMCell):
+        def step(self, projected, state, linear=F.linear):
+            hidden, cell = super().step(projected, state, linear)
+            return hidden * 0.9, cell
+
+    monkeypatch.setitem(RECURRENT_CELLS, "mine", Mine)
+    model = make_model("RNNForCausalLM", cell_type="mine").train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch, seq in [(6, 7), (5, 8), (4, 30)]:
+        compare(model, compiled, make_inputs("RNNForCausalLM", batch, seq))

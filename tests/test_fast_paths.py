@@ -1,0 +1,446 @@
+"""Fast paths on CPUs: packed weights in single steps and loops, the GRU as one function; when copies are made anew."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hf_rnn
+from hf_rnn import (
+    FAST_PATHS,
+    RECURRENT_CELLS,
+    attention,
+    fast_paths,
+    gru_function,
+    loop_only,
+    packed_linear,
+    without_fast_paths,
+)
+from hf_rnn import step_linear as step_linear_module
+from hf_rnn.recurrent_cells import GRUCell, LSTMCell
+from hf_rnn.recurrent_kernels import call_torch_kernel, run_loop
+from hf_rnn.step_linear import StepLinear
+from matrix import DECODERS, GENERATIVE, MODEL_CLASSES, cases, make_inputs, make_mask, make_model
+from test_laws_paths import assert_same, padded_inputs, results_of
+
+
+CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """
+    Packed weights on every machine and in every type, as plain ones, and a record of what was packed: what is tested is
+    what the library makes of them. What oneDNN makes of them is tested where it has them.
+    """
+    calls = []
+
+    def pack(weight):
+        calls.append(tuple(weight.shape))
+        return weight.detach().clone()
+
+    for module in (packed_linear, step_linear_module, gru_function):
+        for name, stand_in in {
+            "pack": pack,
+            "multiply": F.linear,
+            "can_pack": lambda inputs, weight: inputs.numel() > 0,
+        }.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, stand_in)
+    monkeypatch.setattr(packed_linear, "_copies", {})
+    return calls
+
+
+def test_names():
+    """Every fast path can be ruled out by its name, and by nothing else."""
+    assert all(fast_paths.may_take(name) for name in FAST_PATHS)
+    for name in FAST_PATHS:
+        with without_fast_paths(name):
+            assert [other for other in FAST_PATHS if not fast_paths.may_take(other)] == [name]
+            with without_fast_paths():
+                assert not any(fast_paths.may_take(name) for name in FAST_PATHS)
+            with loop_only(False):
+                assert all(fast_paths.may_take(name) for name in FAST_PATHS)
+    with loop_only():
+        assert not any(fast_paths.may_take(name) for name in FAST_PATHS)
+    with pytest.raises(ValueError, match=r"packed_linear.*got \['onednn'\]"), without_fast_paths("onednn"):
+        pass
+
+
+def test_names_in_the_environment(monkeypatch):
+    monkeypatch.setenv("HF_RNN_WITHOUT", "gru_function, step_linear")
+    assert fast_paths._from_environment() == {"gru_function", "step_linear"}
+    monkeypatch.setenv("HF_RNN_WITHOUT", "")
+    assert fast_paths._from_environment() == frozenset()
+    monkeypatch.setenv("HF_RNN_WITHOUT", "gru")
+    with pytest.raises(ValueError, match="gru_function"):
+        fast_paths._from_environment()
+    monkeypatch.setenv("HF_RNN_LOOP_ONLY", "1")
+    assert fast_paths._from_environment() == set(FAST_PATHS)
+
+
+# What oneDNN computes, where it does.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_packed_products(dtype, rows):
+    if not packed_linear.packing_pays(dtype):
+        pytest.skip("There are no packed weights here, or they are slower.")
+    weight, bias, inputs = (torch.randn(*shape, dtype=dtype) for shape in [(70, 40), (70,), (rows, 40)])
+    actual = packed_linear.multiply(inputs, packed_linear.pack(weight), bias)
+    expected = F.linear(inputs.double(), weight.double(), bias.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.3
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_no_packed_weights_without_the_private_operators(monkeypatch):
+    """Where torch has no such operators everything is computed as ever."""
+    monkeypatch.setattr(packed_linear, "pack", lambda weight: torch.ops.mkldnn._no_such_operator(weight))
+    packed_linear.packing_pays.cache_clear()
+    try:
+        assert not packed_linear.packing_pays(torch.float32)
+        weight = nn.Parameter(torch.randn(6, 5))
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(
+                    packed_linear.packed_linear(torch.ones(2, 5), weight), F.linear(torch.ones(2, 5), weight)
+                )
+    finally:
+        packed_linear.packing_pays.cache_clear()
+
+
+# Copies of weights in single steps.
+
+
+def linear_of(weight: nn.Parameter) -> torch.Tensor:
+    with torch.no_grad():
+        return packed_linear.packed_linear(torch.ones(1, weight.shape[1], dtype=weight.dtype), weight)
+
+
+def make_weight() -> nn.Parameter:
+    return nn.Parameter(torch.randn(300, 7, dtype=torch.float64))
+
+
+def test_a_copy_is_made_at_the_second_use_and_kept(packed):
+    weight = make_weight()
+    for _ in range(4):
+        torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
+    assert packed == [(300, 7)]
+
+
+def step_of_an_optimizer(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+
+
+def fused_step(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+
+
+def load(weight):
+    with torch.no_grad():
+        weight.copy_(torch.randn_like(weight))
+
+
+def other_data(weight):
+    weight.data = torch.randn_like(weight)
+
+
+def merge_in_place(weight):
+    """As PEFT merges LoRA: neither the address nor the version of the weight changes."""
+    version, pointer = weight._version, weight.data_ptr()
+    weight.data += torch.outer(torch.randn(300, dtype=weight.dtype), torch.randn(7, dtype=weight.dtype))
+    assert (weight._version, weight.data_ptr()) == (version, pointer)
+
+
+@pytest.mark.parametrize("change", [step_of_an_optimizer, fused_step, load, other_data, merge_in_place])
+def test_a_copy_is_made_anew_when_the_weight_has_changed(packed, change):
+    weight = make_weight()
+    for _ in range(2):
+        for _ in range(3):
+            torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
+        change(weight)
+    torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
+    assert len(packed) == 2
+
+
+def test_one_number_changed_behind_the_back_is_seen_with_the_next_text(packed):
+    weight = make_weight()
+    for _ in range(3):
+        linear_of(weight)
+    weight.data[123, 4] += 1
+    packed_linear.begin_text()
+    torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
+
+
+def test_copies_go_with_their_weights(packed):
+    weight, module = make_weight(), nn.Linear(7, 300, dtype=torch.float64)
+    for _ in range(3):
+        linear_of(weight)
+        linear_of(module.weight)
+    assert len(packed_linear._copies) == 2
+    del weight
+    gc.collect()
+    assert len(packed_linear._copies) == 1
+    packed_linear.forget_copies(module)
+    assert not packed_linear._copies
+
+
+def test_moving_a_model_drops_its_copies(packed):
+    model = make_model("RNNForCausalLM")
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.ones(1, 1, dtype=torch.long))
+    assert packed_linear._copies
+    model.float()
+    assert not packed_linear._copies
+
+
+@pytest.mark.parametrize(("name", "options"), cases(*GENERATIVE), ids=str)
+def test_steps_with_packed_weights(packed, name, options):
+    """Token by token, with copies and without, the weights being changed in the middle."""
+    model = make_model(name, **options)
+    inputs = make_inputs(name, batch=2, with_labels=False)
+    tokens = inputs.pop("decoder_input_ids", inputs["input_ids"])
+
+    def run():
+        outputs, given = [], {}
+        key = "input_ids"
+        if model.config.is_encoder_decoder:
+            given, key = {"encoder_outputs": model.get_encoder()(inputs["input_ids"])}, "decoder_input_ids"
+        past = None
+        for position in range(tokens.shape[1]):
+            result = model(**{key: tokens[:, position : position + 1]}, **given, past_key_values=past, use_cache=True)
+            past = result.past_key_values
+            outputs.append(result.logits)
+            if position == 3:
+                for parameter in model.parameters():
+                    parameter.data *= 1.1
+        for parameter in model.parameters():
+            parameter.data /= 1.1
+        return torch.cat(outputs, dim=1)
+
+    with torch.no_grad():
+        with without_fast_paths("packed_linear"):
+            expected = run()
+            assert not packed
+        torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
+        assert packed
+
+
+# Loops that are trained.
+
+
+@pytest.mark.parametrize(("name", "options"), cases(), ids=str)
+def test_loops_with_packed_weights(packed, name, options):
+    """Outputs, loss and every gradient of a model whose loops multiply with packed weights."""
+    model = make_model(name, **options)
+    inputs = padded_inputs(name)
+    with loop_only():
+        expected = results_of(model, inputs)
+        assert not packed
+    with without_fast_paths("torch_kernel", "chunked_loss"):
+        actual = results_of(model, inputs)
+    assert packed
+    assert_same(actual, expected, f"{name}, {options}", rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_of_step_linear(packed):
+    """Numerically, and where only the inputs, the weight or the bias take gradients."""
+    weight, bias, inputs = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(4, 4), (4,), (2, 4)]
+    )
+
+    def loop(inputs, weight, bias):
+        linear = StepLinear()
+        for _ in range(3):
+            inputs = torch.tanh(linear(inputs, weight, bias))
+        return inputs
+
+    assert torch.autograd.gradcheck(loop, (inputs, weight, bias))
+    for index in range(3):
+        leaves = [leaf.detach().requires_grad_(index == number) for number, leaf in enumerate((inputs, weight, bias))]
+        assert torch.autograd.gradcheck(loop, leaves)
+
+
+def test_one_product_for_the_gradient_of_a_weight(packed, monkeypatch):
+    """The path is taken: a weight is packed once for each direction, and its gradient is one product."""
+    model = make_model("RNNForCausalLM", cell_type="lstm", num_hidden_layers=1).train()
+    collected = []
+    backward = step_linear_module._Collect.backward
+    monkeypatch.setattr(
+        step_linear_module._Collect, "backward", staticmethod(lambda *args: collected.append(1) or backward(*args))
+    )
+    with without_fast_paths("torch_kernel"):
+        model(**make_inputs("RNNForCausalLM")).loss.backward()
+    assert packed == [(24, 6), (6, 24)]
+    assert collected == [1]
+
+
+def test_two_backwards_of_one_graph(packed):
+    weight, inputs = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    linear = StepLinear()
+    outputs = linear(linear(inputs, weight), weight).sum()
+    first = torch.autograd.grad(outputs, [weight, inputs], retain_graph=True)
+    second = torch.autograd.grad(outputs, [weight, inputs])
+    for pair in zip(first, second):
+        torch.testing.assert_close(*pair)
+
+
+# The GRU as one function.
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_gru_function(packed, monkeypatch, bidirectional, batch):
+    """Outputs, final states and gradients are those of the loop over the cell."""
+    monkeypatch.setattr(gru_function, "takes_gru_function", lambda inputs, weight: True)
+    cells = [GRUCell(5, 6).double() for _ in range(1 + bidirectional)]
+    for cell in cells:
+        for parameter in cell.parameters():
+            nn.init.normal_(parameter)
+    inputs = torch.randn(batch, 7, 5, dtype=torch.float64, requires_grad=True)
+    state = tuple(torch.randn(batch, 6, dtype=torch.float64, requires_grad=True) for _ in cells)
+    leaves = [inputs, *state, *(parameter for cell in cells for parameter in cell.parameters())]
+
+    def results(outputs, final):
+        objective = sum((result * result.detach().cos()).sum() for result in (outputs, *final))
+        return [outputs, *final, *torch.autograd.grad(objective, leaves)]
+
+    monkeypatch.setattr("hf_rnn.recurrent_kernels.takes_gru_function", lambda inputs, weight: True)
+    actual = results(*call_torch_kernel(cells, inputs, state))
+    assert packed
+    loops = [run_loop(cell, inputs, state[index : index + 1], None, index == 1)[:2] for index, cell in enumerate(cells)]
+    expected = results(torch.cat([outputs for outputs, _ in loops], -1), [final[0] for _, final in loops])
+    for pair in zip(actual, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-11)
+
+
+def test_gru_function_with_frozen_parts(packed):
+    leaves = [torch.randn(4, 2, 9), torch.randn(2, 3), torch.randn(9, 3), torch.randn(9)]
+    for index in range(4):
+        arguments = [leaf.double().requires_grad_(index == number) for number, leaf in enumerate(leaves)]
+        assert torch.autograd.gradcheck(gru_function._GRU.apply, arguments)
+
+
+def test_which_grus_run_as_the_function(monkeypatch):
+    """Wide ones in float32 where packing pays; nothing else."""
+    monkeypatch.setattr(packed_linear, "packing_pays", lambda dtype: True)
+    inputs, weight = torch.zeros(2, 5, 8), torch.zeros(3 * 128, 128)
+    assert gru_function.takes_gru_function(inputs, weight)
+    assert not gru_function.takes_gru_function(inputs.double(), weight.double())
+    assert not gru_function.takes_gru_function(inputs, torch.zeros(3 * 64, 64))
+    assert not gru_function.takes_gru_function(inputs[:, :2], weight)
+    with without_fast_paths("gru_function"):
+        assert not gru_function.takes_gru_function(inputs, weight)
+    with torch.autocast("cpu"):
+        assert not gru_function.takes_gru_function(inputs, weight)
+
+
+# All of them in the type in which they are used.
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=str)
+@pytest.mark.parametrize("cell_type", ["gru", "lstm"])
+def test_float32(decoder, cell_type):
+    """A translator of a width at which every path is taken, against the loop in float64."""
+    options = decoder | {"cell_type": cell_type, "hidden_size": 128, "embedding_size": 32}
+    name = "RNNSeq2SeqForConditionalGeneration"
+    inputs = make_inputs(name) | {"attention_mask": make_mask()}
+    model = make_model(name, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    with loop_only():
+        expected = results_of(model, inputs)
+    actual = results_of(model.float(), inputs)
+    for key, value in expected.items():
+        scale = value.abs().max() + 1e-6
+        assert (actual[key].double() - value).abs().max() / scale < 2e-4, key
+
+
+def test_generated_tokens_are_the_same():
+    """With packed weights in float32 nothing else is generated."""
+    for name in GENERATIVE:
+        model = make_model(name, dtype=torch.float32, hidden_size=128)
+        inputs = {"input_ids": make_inputs(name, with_labels=False)["input_ids"]}
+        for num_beams in (1, 3):
+            tokens = model.generate(**inputs, num_beams=num_beams, max_new_tokens=20, do_sample=False)
+            with loop_only():
+                expected = model.generate(**inputs, num_beams=num_beams, max_new_tokens=20, do_sample=False)
+            assert torch.equal(tokens, expected)
+
+
+def test_a_new_cell_is_fast_through_step_linear(packed, monkeypatch):
+    """A cell that somebody adds needs no code of its own for it."""
+
+    class Slow(LSTMCell):
+        def step(self, projected, state, linear=F.linear):
+            return super().step(projected, state, linear)
+
+    monkeypatch.setitem(RECURRENT_CELLS, "slow", Slow)
+    model = make_model("RNNForCausalLM", cell_type="slow", num_hidden_layers=1)
+    model(**make_inputs("RNNForCausalLM")).loss.backward()
+    assert packed == [(24, 6), (6, 24)]
+
+
+def test_public_names():
+    assert {"FAST_PATHS", "loop_only", "without_fast_paths"} <= set(hf_rnn.__all__)
+    assert MODEL_CLASSES
+
+
+# Keys of attention.
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=str)
+def test_keys_are_projected_once_for_each_source(decoder, monkeypatch):
+    """In decoding; anew for other features, features that were written to, and changed weights; not while training."""
+    name = "RNNSeq2SeqForConditionalGeneration"
+    model = make_model(name, attention_score="additive", **decoder)
+    score = model.model.decoder.attention.score
+    calls = []
+    project = score.project_keys
+    monkeypatch.setattr(score, "project_keys", lambda keys: calls.append(1) or project(keys))
+    inputs = make_inputs(name, batch=2, with_labels=False)["input_ids"]
+    step = {"decoder_input_ids": torch.tensor([[1], [1]])}
+
+    def logits(encoder_outputs):
+        with torch.no_grad():
+            return model(encoder_outputs=encoder_outputs, **step).logits
+
+    with torch.no_grad():
+        outputs = model.get_encoder()(inputs)
+        first = logits(outputs)
+        assert torch.equal(logits(outputs), first)
+        assert len(calls) == 1
+        outputs.last_hidden_state.mul_(2)
+        assert not torch.equal(logits(outputs), first)
+        assert len(calls) == 2
+        for parameter in score.parameters():
+            parameter.mul_(0.5)
+        logits(outputs)
+        assert len(calls) == 3
+        model.generate(inputs, max_new_tokens=9, min_new_tokens=9, num_beams=3)
+        assert len(calls) == 4
+    model(encoder_outputs=outputs, **step).logits.sum().backward()
+    assert len(calls) == 5
+    del outputs
+    gc.collect()
+    assert not attention._known_keys
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_inference_mode(name):
+    """Models made and used there: their tensors do not count their versions."""
+    inputs = {"input_ids": make_inputs(name, with_labels=False)["input_ids"]}
+    model = make_model(name, dtype=torch.float32, hidden_size=128)
+    expected = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(**inputs, max_new_tokens=9, do_sample=False), expected)
+        model = make_model(name, dtype=torch.float32, hidden_size=128)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=9, do_sample=False), expected)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=9, do_sample=False), expected)
