@@ -79,7 +79,7 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     ```"""
 
     model_type = "rnn_seq2seq"
-    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "encoder_last_hidden_state"]
     attribute_map = {"num_hidden_layers": "encoder_layers"}
     base_model_fsdp_plan = {
         "shared": "free_full_weight",

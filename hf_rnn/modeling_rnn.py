@@ -28,7 +28,15 @@ from .packed_sequences import (
     text_starts,
 )
 from .pooling import SequencePooling
-from .recurrent_cache import cache_to_fill, is_recording, read_state, write_state
+from .recurrent_cache import (
+    cache_of,
+    cache_output,
+    cache_to_fill,
+    given_cache,
+    is_recording,
+    read_state,
+    write_state,
+)
 from .recurrent_layer import HiddenStates, Padding, make_layers
 from .recurrent_model import (
     GenerationMasks,
@@ -80,6 +88,7 @@ class RNNModel(RNNPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -88,6 +97,7 @@ class RNNModel(RNNPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)` or `(batch, seq)`, *optional*):
                 Non-zero where there is a token, zero at padding, which may lie anywhere.
             past_key_values (`Cache`, *optional*): The state to go on from.
+            cache (`Cache`, *optional*): The same, by the name that it has since transformers 5.24.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, embedding_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*):
@@ -108,6 +118,7 @@ class RNNModel(RNNPreTrainedModel):
                 of a wrong shape, a state for a model with two directions, a state given or asked for where a row holds
                 several texts, or texts in one row that are told by other arguments than `position_ids`.
         """
+        past_key_values = given_cache(past_key_values, cache)
         inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds)
         if self.config.bidirectional and past_key_values is not None:
             raise ValueError(
@@ -138,7 +149,7 @@ class RNNModel(RNNPreTrainedModel):
                 state = layer.initial_state(hidden_states)
             hidden_states, new_state, history = layer(hidden_states, state, padding, target is not None, recording)
             write_state(target, layer_idx, new_state, seq_length, history, state)
-        return BaseModelOutputWithPast(last_hidden_state=self.output_dropout(hidden_states), past_key_values=target)
+        return BaseModelOutputWithPast(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
 
 
 class RNNLanguageModelingHead(RNNPreTrainedModel):
@@ -181,11 +192,13 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         Args:
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids: As in [`RNNModel`].
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, cache: As in
+                [`RNNModel`].
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 The tokens themselves (they are shifted here); -100 where there is nothing to predict. The first token
                 of a text is never predicted.
@@ -195,6 +208,7 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         Returns:
             `CausalLMOutputWithPast`: `loss` in nats per predicted token, `logits` `(batch, seq, vocab_size)`.
         """
+        past_key_values = given_cache(past_key_values, cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -219,8 +233,8 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **cache_output(cache_of(outputs)),
         )
 
 

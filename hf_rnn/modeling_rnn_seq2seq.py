@@ -21,7 +21,15 @@ from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttent
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .deferred_logits import vocabulary_logits
 from .packed_linear import apply_linear, packed_linear
-from .recurrent_cache import cache_to_fill, is_recording, read_state, write_state
+from .recurrent_cache import (
+    cache_of,
+    cache_output,
+    cache_to_fill,
+    given_cache,
+    is_recording,
+    read_state,
+    write_state,
+)
 from .recurrent_cells import State
 from .recurrent_kernels import loop_linear
 from .recurrent_layer import HiddenStates, Padding, RecurrentLayer, make_layers
@@ -234,6 +242,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
@@ -248,6 +257,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             encoder_attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*):
                 Non-zero where there is a source token.
             past_key_values (`Cache`, *optional*): The state to go on from.
+            cache (`Cache`, *optional*): The same, by the name that it has since transformers 5.24.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, target, embedding_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*):
@@ -262,6 +272,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, one of them, a mask, a state or what the
                 encoder returned of a wrong shape, or nothing to attend to or to start from.
         """
+        past_key_values = given_cache(past_key_values, cache)
         inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds, prefix="decoder_")
         batch_size, seq_length = inputs_embeds.shape[:2]
         if encoder_hidden_states is None:
@@ -285,7 +296,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         self.cross_attentions(weights)
         for layer_idx, initial in enumerate(states):
             write_state(target, layer_idx, new_states[layer_idx], seq_length, histories[layer_idx], initial)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, past_key_values=target)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, **cache_output(target))
 
     def _initial_states(
         self, past_key_values: Cache | None, final_states: torch.Tensor | None, batch_size: int
@@ -471,13 +482,14 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds: The source, as in [`RNNSeq2SeqEncoder`].
-            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, past_key_values, use_cache: The target,
-                as in [`RNNSeq2SeqDecoder`]. Without any the source tokens, shifted right, are the target.
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, past_key_values, use_cache, cache: The
+                target, as in [`RNNSeq2SeqDecoder`]. Without any the source tokens, shifted right, are the target.
             encoder_outputs (`BaseModelOutputWithPooling` or `tuple`, *optional*):
                 What the encoder returned for the source, in place of `input_ids`.
 
@@ -513,7 +525,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_final_states=encoder_outputs.get("pooler_output"),
             encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -521,11 +533,11 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
             decoder_hidden_states=decoder_outputs.hidden_states,
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            **cache_output(cache_of(decoder_outputs)),
         )
 
 
@@ -564,12 +576,13 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         r"""
         Args:
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache: As in [`RNNSeq2SeqModel`].
+            inputs_embeds, decoder_inputs_embeds, use_cache, cache: As in [`RNNSeq2SeqModel`].
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*):
                 The target tokens; -100 where there is none. The decoder's inputs are made of them if none are given.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
@@ -591,6 +604,7 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -605,11 +619,11 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
             cross_attentions=outputs.cross_attentions,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
+            **cache_output(cache_of(outputs)),
         )
 
 

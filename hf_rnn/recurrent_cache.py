@@ -5,6 +5,8 @@ a layer holds has the same size however long the text: the first state (the hidd
 further states side by side in `values` `[batch, size of the rest]`.
 """
 
+from dataclasses import fields
+
 import torch
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
@@ -13,6 +15,8 @@ from transformers.cache_utils import (
     DynamicCache,
     EncoderDecoderCache,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 
 State = tuple[torch.Tensor, ...]
@@ -209,6 +213,32 @@ class RecurrentStateStaticLayer(RecurrentStateLayer):
 
 
 STATIC_LAYER_TYPE_MAPPING[RecurrentStateLayer._layer_type] = RecurrentStateStaticLayer
+
+
+# What transformers calls the cache, as an argument and in outputs: `cache` since 5.24, `past_key_values` before.
+_CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """
+    The one argument that has two names.
+
+    Raises:
+        `ValueError`: Both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Give `past_key_values` or `cache`, not both: they are two names of the same state.")
+    return cache if past_key_values is None else past_key_values
+
+
+def cache_output(cache: Cache | None) -> dict[str, Cache | None]:
+    """The keyword argument of an output class that holds the cache."""
+    return {_CACHE_FIELD: cache}
+
+
+def cache_of(outputs: ModelOutput) -> Cache | None:
+    """The cache that is held by what a model returned."""
+    return getattr(outputs, _CACHE_FIELD)
 
 
 def _decoder_cache(past_key_values: Cache) -> Cache:

@@ -51,7 +51,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _can_compile_fullgraph = True
     # Which class of which file each Auto class finds in a saved folder; filled by the registration table.
     _heads: ClassVar[dict[str, str]] = {}

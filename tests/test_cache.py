@@ -16,6 +16,7 @@ from matrix import (
     case_id,
     cases,
     make_config,
+    make_inputs,
     make_mask,
     make_model,
     make_tokens,
@@ -425,6 +426,20 @@ def test_other_caches_are_refused(name):
         with pytest.raises(TypeError, match=r"recurrent states.*Static|recurrent states.*Dynamic") as error:
             read(model, make_tokens(2, 3), cache)
         assert "DynamicCache(config=model.config)" in str(error.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_cache_has_two_names(name):
+    """`cache`, as transformers calls it since 5.24, is `past_key_values`; the output class has it by both names."""
+    model = make_model(name)
+    first, then = make_inputs(name, with_labels=False), make_inputs(name, with_labels=False, seed=5)
+    wanted = model(**then, past_key_values=model(**first, use_cache=True).past_key_values)[0]
+    state = model(**first, use_cache=True).past_key_values
+    assert torch.equal(model(**then, cache=state)[0], wanted)
+    assert not torch.equal(model(**then)[0], wanted)
+    with pytest.raises(ValueError, match="`past_key_values` or `cache`, not both"):
+        model(**then, past_key_values=state, cache=state)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..attention import AttentionMemory
 from ..modeling_rnn import RNNForCausalLM, RNNForMultipleChoice, RNNPreTrainedModel
 from ..modeling_rnn_seq2seq import RNNSeq2SeqForConditionalGeneration, RNNSeq2SeqModel
-from ..recurrent_cache import read_state, write_state
+from ..recurrent_cache import cache_of, read_state, write_state
 
 
 class Graph(NamedTuple):
@@ -164,7 +164,7 @@ def _language_model(model: RNNForCausalLM) -> tuple[dict[str, Graph], list[State
             logits_to_keep=positions,
             return_dict=True,
         )
-        return [outputs.logits, *_read_cache(outputs.past_key_values, sizes)]
+        return [outputs.logits, *_read_cache(cache_of(outputs), sizes)]
 
     past = {f"past.{state.name}": torch.zeros(BATCH, state.size) for state in states}
     outputs = ["logits", *(f"present.{state.name}" for state in states)]
@@ -232,7 +232,7 @@ def _translator(
         features = outputs.last_hidden_state
         if model is not base:
             features = model.lm_head(model.projection(features))
-        return [features, *_read_cache(outputs.past_key_values, sizes), outputs.cross_attentions[0]]
+        return [features, *_read_cache(cache_of(outputs), sizes), outputs.cross_attentions[0]]
 
     present = [f"present.{state.name}" for state in states]
     input_ids = _tokens(BATCH, LENGTH)

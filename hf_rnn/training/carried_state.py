@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..recurrent_cache import detach_state
+from ..recurrent_cache import cache_of, detach_state
 
 
 class StreamBlocks(Dataset):
@@ -167,7 +167,7 @@ class CarriedStateTrainer(Trainer):
         state = self._state_before(states, streams, block)
         inputs |= {"past_key_values": state, "use_cache": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        states[streams] = (block + 1, detach_state(outputs.past_key_values))
+        states[streams] = (block + 1, detach_state(cache_of(outputs)))
         return (loss, outputs) if return_outputs else loss
 
     @staticmethod
