@@ -1,9 +1,10 @@
 """Trains small tokenizers with `tokenizers` and wraps them so that `AutoTokenizer` loads what they save.
 
-Both kinds are exact: `decode(encode(text))` is the text again, whatever white space or symbols it has (the tokenizer of
-characters as far as it has seen the characters).
+Those of subwords and of characters are exact: `decode(encode(text))` is the text again, whatever white space or symbols
+it has (the tokenizer of characters as far as it has seen the characters).
 """
 
+import re
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 
 PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # with the ids 0 to 3
+
+LEVELS = ("characters", "words")  # what is a symbol
 
 # A word takes the space before it and an apostrophe after it (l'|ami, don'|t); digits stand alone; a run of other signs
 # takes any white space before it, so that a narrow no-break space and the sign it belongs to can become one token.
@@ -64,6 +67,45 @@ def train_character_tokenizer(texts: Iterable[str], add_eos: bool = False) -> Pr
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return _wrap(tokenizer, add_eos)
+
+
+def train_symbol_tokenizer(
+    sources: Iterable[str], targets: Iterable[str], source_level: str, target_level: str
+) -> PreTrainedTokenizerFast:
+    """
+    Makes a tokenizer with one token for each symbol of two kinds of texts: its characters, or the words between white
+    space. Other symbols become `<unk>`, every encoded text ends with `</s>`.
+
+    Args:
+        sources, targets (`Iterable[str]`): The texts.
+        source_level, target_level (`str`): `"characters"` or `"words"`. White space is a symbol only where both are
+            characters.
+
+    Raises:
+        `ValueError`: A level is neither of the two, or a text of characters holds a word of the other texts, so that
+            nobody could tell how to read it.
+    """
+    symbols, spelled = set(), set()
+    for name, level, texts in (("source", source_level, sources), ("target", target_level, targets)):
+        if level not in LEVELS:
+            raise ValueError(f"`{name}_level` must be one of {list(LEVELS)}, got {level!r}.")
+        (spelled if level == "characters" else symbols).update(word for text in texts for word in text.split())
+    if not symbols:
+        return train_character_tokenizer([*sources, *targets], add_eos=True)
+    words = sorted(symbol for symbol in symbols if len(symbol) > 1)
+    unclear = sorted(spelled.intersection(words))
+    if unclear:
+        raise ValueError(f"{unclear[0]!r} is a symbol of one side and a word to be read by characters on the other.")
+    vocabulary = [*SPECIAL_TOKENS, *sorted(symbols.union(*spelled))]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=UNK))
+    splits = [pre_tokenizers.WhitespaceSplit()]
+    if spelled:
+        known_words = "|".join(map(re.escape, words))
+        splits.append(pre_tokenizers.Split(Regex(rf"^(?:{known_words})$|[\s\S]"), behavior="isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    if target_level == "characters":
+        tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer, add_eos=True)
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) -> list[str]:

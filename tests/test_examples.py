@@ -73,6 +73,23 @@ def test_translate(tmp_path):
     assert "--resume_from_checkpoint" in refused
 
 
+def test_transduce(tmp_path):
+    """Letters to phonemes: trains, judges each word once against all its pronunciations, saves, and judges again."""
+    options = {name: value for name, value in TINY_TRANSLATOR.items() if name != "vocab_size"}
+    output = run("transduce.py", tmp_path / "out", ignore="012", max_target_length=12, **options)
+    assert "(wrong, " in output or "(right)" in output
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "test_results.jsonl").read_text().splitlines()]
+    assert results["test_samples"] == len(rows) == len({row["source"] for row in rows})
+    wrong = sum(row["result"] not in row["targets"] for row in rows)
+    assert results["test_sequence_error_rate"] == pytest.approx(100 * wrong / len(rows), abs=1e-4)
+    assert {"eval_symbol_error_rate", "test_greedy_ignoring_symbol_error_rate"} <= results.keys()
+    options = {"do_train": "false", "model_name_or_path": tmp_path / "out", "max_predict_samples": 16}
+    run("transduce.py", tmp_path / "again", ignore="012", do_eval="false", **options)
+    again = json.loads((tmp_path / "again" / "all_results.json").read_text())
+    assert again["test_sequence_error_rate"] == results["test_sequence_error_rate"]
+
+
 def test_language_model(tmp_path):
     """Trains on a file by characters, reports perplexity, saves, loads and writes a sample."""
     (tmp_path / "text.txt").write_text(TEXT)

@@ -20,9 +20,16 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState  # noqa: E4
 
 import language_model  # noqa: E402
 import training_helpers  # noqa: E402
+import transduce  # noqa: E402
 import translate  # noqa: E402
 from hf_rnn import RNNConfig, RNNSeq2SeqConfig  # noqa: E402
-from subword_tokenizer import token_pieces, train_character_tokenizer, train_subword_tokenizer  # noqa: E402
+from pair_training import ModelArguments, PairTrainingArguments  # noqa: E402
+from subword_tokenizer import (  # noqa: E402
+    token_pieces,
+    train_character_tokenizer,
+    train_subword_tokenizer,
+    train_symbol_tokenizer,
+)
 from text_pairs import DataError, pairs_from_hub, read_pairs, read_text  # noqa: E402
 from training_helpers import UsageError, parse_arguments  # noqa: E402
 
@@ -222,6 +229,66 @@ class TestTokenizers:
         assert tokenizer("x")["input_ids"] == [tokenizer.unk_token_id]
 
 
+class TestSymbols:
+    WORDS = ["ab", "b'a", "c"]
+    PHONES = ["AH0 B", "B AH0", "S IY1"]
+
+    def test_letters_to_phonemes(self, tmp_path):
+        train_symbol_tokenizer(self.WORDS, self.PHONES, "characters", "words").save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        assert tokenizer.convert_ids_to_tokens(tokenizer("b'a")["input_ids"]) == ["b", "'", "a", "</s>"]
+        ids = tokenizer("S IY1 B")["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids) == ["S", "IY1", "B", "</s>"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "S IY1 B"
+        assert tokenizer.unk_token_id in tokenizer("xa")["input_ids"]
+
+    def test_words_to_letters(self):
+        tokenizer = train_symbol_tokenizer(self.PHONES, self.WORDS, "words", "characters")
+        assert tokenizer.decode(tokenizer("b'a")["input_ids"], skip_special_tokens=True) == "b'a"
+
+    def test_words_to_words(self):
+        tokenizer = train_symbol_tokenizer(["walk twice"], ["I_WALK I_WALK"], "words", "words")
+        assert len(tokenizer) == 4 + 3
+        assert tokenizer.decode(tokenizer("I_WALK walk")["input_ids"], skip_special_tokens=True) == "I_WALK walk"
+
+    def test_characters_to_characters(self):
+        tokenizer = train_symbol_tokenizer(["1 + 2"], ["3 "], "characters", "characters")
+        assert tokenizer.decode(tokenizer("2 + 1")["input_ids"], skip_special_tokens=True) == "2 + 1"
+
+    def test_what_cannot_be_told_apart(self):
+        with pytest.raises(ValueError, match="'ab' is a symbol of one side"):
+            train_symbol_tokenizer(["ab"], ["ab c"], "characters", "words")
+        with pytest.raises(ValueError, match=r"`target_level` must be one of \['characters', 'words'\], got 'bytes'"):
+            train_symbol_tokenizer(["ab"], ["c"], "words", "bytes")
+
+    def test_error_rates(self):
+        """Against the nearest of several targets, by hand."""
+        results = [["A", "B"], ["A"], []]
+        references = [[["B", "B", "B"], ["A", "B"]], [["B", "C", "D"], ["A", "C"]], [["A", "B", "C"]]]
+        rates = transduce.error_rates(results, references)
+        assert rates == {"sequence_error_rate": 100 * 2 / 3, "symbol_error_rate": 100 * (0 + 1 + 3) / (2 + 2 + 3)}
+
+    def test_ignored_characters(self):
+        arguments = transduce.DataArguments(ignore="012")
+        rates = transduce.score(["AH1 B", "AH0"], [["AH0 B"], ["AH0", "AH1"]], arguments)
+        assert (rates["sequence_error_rate"], rates["ignoring_sequence_error_rate"]) == (50, 0)
+        assert rates["symbol_error_rate"] == pytest.approx(100 / 3)
+        assert rates["ignoring_symbol_error_rate"] == 0
+
+    def test_all_targets_of_a_source(self):
+        assert transduce.group_targets([("a", "x"), ("b", "y"), ("a", "z")]) == {"a": ["x", "z"], "b": ["y"]}
+
+    def test_default_data(self):
+        parts = {name: read_pairs(path, "word", "phones") for name, path in transduce.DEFAULT_FILES.items()}
+        assert {name: len(pairs) for name, pairs in parts.items()} == {
+            "train": 119268,
+            "validation": 6721,
+            "test": 6548,
+        }
+        words = [{word for word, _ in pairs} for pairs in parts.values()]
+        assert len(set.union(*words)) == sum(map(len, words))
+
+
 def run(module, *arguments, capsys):
     """Exit status and standard error of a script's `main` with these arguments."""
     with pytest.MonkeyPatch.context() as patch:
@@ -239,7 +306,7 @@ class TestArguments:
         # For a causal model these have one value, or none.
         not_causal = {"bidirectional", "pooling", "classifier_dropout", "use_crf"}
         for config, arguments, left_out in (
-            (RNNSeq2SeqConfig, translate.ModelArguments, derived),
+            (RNNSeq2SeqConfig, ModelArguments, derived | {"vocab_size"}),
             (RNNConfig, language_model.ModelArguments, derived | not_causal),
         ):
             fields = {name for name in config.__annotations__ if not name.startswith("_")} - left_out
@@ -248,7 +315,7 @@ class TestArguments:
     def test_json_file_with_options_over_it(self, tmp_path):
         options = {"output_dir": str(tmp_path / "o"), "hidden_size": 32, "learning_rate": 0.01, "train_file": "x.tsv"}
         path = write(tmp_path / "options.json", json.dumps(options))
-        types = (translate.ModelArguments, translate.DataArguments, translate.TranslationTrainingArguments)
+        types = (ModelArguments, translate.DataArguments, PairTrainingArguments)
         model, data, training = parse_arguments(types, [str(path), "--hidden_size", "64", "--do_train", "false"])
         assert (model.hidden_size, data.train_file, training.learning_rate) == (64, "x.tsv", 0.01)
         assert not training.do_train
