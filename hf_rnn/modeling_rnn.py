@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rnn import RNNConfig
 from .deferred_logits import vocabulary_logits
+from .generation_masks import GenerationMasks
 from .packed_sequences import (
     PackedPadding,
     find_text_starts,
@@ -39,7 +40,6 @@ from .recurrent_cache import (
 )
 from .recurrent_layer import HiddenStates, Padding, make_layers
 from .recurrent_model import (
-    GenerationMasks,
     RecurrentPreTrainedModel,
     embed_inputs,
     hidden_states_recorder,

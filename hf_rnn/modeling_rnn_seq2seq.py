@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .deferred_logits import vocabulary_logits
+from .generation_masks import GenerationMasks
 from .packed_linear import apply_linear, packed_linear
 from .recurrent_cache import (
     cache_of,
@@ -34,7 +35,6 @@ from .recurrent_cells import State
 from .recurrent_kernels import loop_linear
 from .recurrent_layer import HiddenStates, Padding, RecurrentLayer, make_layers
 from .recurrent_model import (
-    GenerationMasks,
     RecurrentPreTrainedModel,
     embed_inputs,
     hidden_states_recorder,

@@ -1,16 +1,11 @@
-"""What the models of all families share: flags, initialisation, saving, the projection to the vocabulary.
+"""What the models of all families share: flags, initialisation, the inputs, the projection to the vocabulary.
 
-Imports the cells, the attention and the layer.
+Imports the cells, the attention, the layer and how checkpoints are saved.
 """
 
-import inspect
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +14,7 @@ from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import AttentionScore
+from .checkpoint_files import CheckpointFiles
 from .packed_linear import forget_copies
 from .recurrent_cells import RecurrentCell
 from .recurrent_layer import HiddenStates
@@ -45,21 +41,14 @@ def checkpoint_nested(checkpoint_function: Callable) -> Callable:
     return run
 
 
-class RecurrentPreTrainedModel(PreTrainedModel):
-    """Base class of the families: weights, loading, saving, and what transformers needs to know of them."""
+class RecurrentPreTrainedModel(CheckpointFiles, PreTrainedModel):
+    """Base class of the families: weights, and what transformers needs to know of them."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _can_compile_fullgraph = True
-    # Which class of which file each Auto class finds in a saved folder; filled by the registration table.
-    _heads: ClassVar[dict[str, str]] = {}
-    # Writes the card of a model that goes to the Hub; filled by the library, and None where only its code lies.
-    _write_card: ClassVar[Callable | None] = None
-    # What was said of this model for its cards, and the card in the folder that is being saved to.
-    card_details: dict | None = None
-    _card_in_folder: bytes | None = None
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -106,143 +95,6 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         super()._set_gradient_checkpointing(enable, checkpoint_nested(gradient_checkpointing_func), **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """
-        As in transformers, but weights are read from safetensors unless `use_safetensors=False` asks for a pickle, and
-        are looked at once they are loaded.
-
-        Raises:
-            `OSError`: A file is not there or is damaged; the message names it.
-            `ValueError`: The configuration is wrong, or weights are not a number; the message names them.
-        """
-        kwargs.setdefault("use_safetensors", True)
-        try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except (SafetensorError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            damaged = ", ".join(_damaged_files(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
-            if not damaged and not isinstance(error, SafetensorError | json.JSONDecodeError):
-                raise
-            raise OSError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} cannot be read: "
-                f"{damaged or 'one of its files'} is damaged ({error!r})."
-            ) from error
-        _check_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """
-        As in transformers; the code of the model is saved beside the weights, and `auto_map` in `config.json` names
-        all heads of the family, so that each of them loads with `trust_remote_code=True` where this library is not
-        installed. With `push_to_hub=True` a `README.md` that lies in the folder goes along as it is.
-        """
-        if self._heads:
-            self.config.auto_map = dict(self._heads)
-        elif getattr(self.config, "auto_map", None) is not None:
-            self.config.auto_map = self._with_own_code(self.config.auto_map)
-        card = Path(save_directory) / "README.md"
-        self._card_in_folder = card.read_bytes() if card.is_file() else None
-        try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self._card_in_folder = None
-
-    def _with_own_code(self, auto_map: dict) -> dict:
-        """Classes that another repository was asked for are looked for in the folder, if their code is saved there."""
-        own = {
-            auto_class: name.split("--")[-1]
-            for auto_class, name in auto_map.items()
-            if isinstance(name, str) and "--" in name
-        }
-        if not own:
-            return auto_map
-        code = Path(inspect.getfile(type(self))).parent
-        return auto_map | {
-            auto_class: name for auto_class, name in own.items() if (code / f"{name.split('.')[0]}.py").is_file()
-        }
-
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        # By now transformers has put its own card, or that of the repository, into the folder.
-        if self._card_in_folder is not None:
-            (Path(working_dir) / "README.md").write_bytes(self._card_in_folder)
-        elif self._write_card is not None:
-            self._write_card(working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-
-def _damaged_files(folder, subfolder: str) -> list[str]:
-    """Names of the files of weights and of their indices in a local folder that cannot be read."""
-    damaged = []
-    for path in sorted(Path(folder, subfolder).glob("*.safetensors*")) if folder is not None else []:
-        try:
-            if path.suffix == ".json":
-                dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-            else:
-                with safe_open(path, "pt"):
-                    pass
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            damaged.append(path.name)
-    return damaged
-
-
-def _check_weights(model: nn.Module) -> None:
-    """
-    Raises `ValueError` where parameters hold a NaN, at the price of reading them once. Left out are parameters without
-    memory of their own (on the meta device, offloaded to disk), in pieces over several devices, or quantized.
-    """
-    broken = [
-        name
-        for name, parameter in model.named_parameters()
-        if type(parameter.data) is torch.Tensor
-        and parameter.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        and not parameter.is_meta
-        and parameter.numel() > 0
-        # The smallest of numbers with a NaN among them is NaN.
-        and parameter.detach().amin().isnan()
-    ]
-    if broken:
-        raise ValueError(f"Weights must be numbers, but there are NaNs in {', '.join(broken)}.")
-
-
-class GenerationMasks:
-    """Masks of a model that generates: a recurrence asks for one number per token that it reads, and no more."""
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask=None, **kwargs):
-        """No mask over pairs of positions, with a static cache neither."""
-        return attention_mask
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """None: each row is one text, of which positions have nothing to say."""
-        return None
-
-    def _validate_model_kwargs(self, model_kwargs):
-        # Many tokenizers return them; a recurrence takes them, as GPT-2 does, and has no use for them.
-        model_kwargs.pop("token_type_ids", None)
-        super()._validate_model_kwargs(model_kwargs)
-
-    def _get_static_cache_init_shape(self):
-        """A static cache is filled by the first step, and not before with the sizes of attention heads."""
-        return None
-
-    # `generate` looks at this signature to see whether a prompt may be given as `inputs_embeds`.
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
-        """The inputs of the next forward, with a mask for just the tokens that it reads."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        # Each row is one text, in which a recurrence counts for itself.
-        inputs.pop("position_ids", None)
-        prefix = "decoder_" if self.config.is_encoder_decoder else ""
-        mask = inputs.get(f"{prefix}attention_mask")
-        if mask is not None:
-            tokens = inputs.get(f"{prefix}input_ids")
-            seq_length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
-            # A single token after the prompt is one that was just generated.
-            is_new_token = seq_length == 1 and not is_first_iteration
-            inputs[f"{prefix}attention_mask"] = None if is_new_token else mask[:, mask.shape[1] - seq_length :]
-        return inputs
 
 
 def embed_inputs(

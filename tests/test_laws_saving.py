@@ -647,8 +647,10 @@ def test_imports_that_the_hub_can_copy(path):
 
 INDEPENDENT = {
     "attention",
+    "checkpoint_files",
     "configuration_checks",
     "fast_paths",
+    "generation_masks",
     "pooling",
     "recurrent_cache",
     "recurrent_cells",
