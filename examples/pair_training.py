@@ -399,7 +399,7 @@ def run_pairs(
     arguments: tuple[ModelArguments, PairArguments, GenerationArguments, PairTrainingArguments],
     pairs: dict[str, Pairs],
     train_tokenizer: Callable[[], PreTrainedTokenizerBase],
-    score_texts: Callable[[list[str], list[str]], dict[str, float]],
+    score_texts: Callable[[list[str], list[str], list[str]], dict[str, float]],
     report: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]],
     bpe_dropout: float = 0.0,
 ) -> int | None:
@@ -410,8 +410,7 @@ def run_pairs(
         arguments: The options.
         pairs: What [`load_pairs`] returned.
         train_tokenizer: Makes a tokenizer, where none is given; a `ValueError` of it is shown as one line.
-        score_texts: Scores by name of generated texts, given with the texts of the labels, in the order of the
-            validation pairs.
+        score_texts: Scores by name of generated texts, given with the texts of their labels and their sources.
         report: Uses model and tokenizer, and returns scores to be saved.
         bpe_dropout: Probability to leave out a merge of the tokenizer while training.
 
@@ -423,6 +422,7 @@ def run_pairs(
     generation_options, training_args.generation_config = training_args.generation_config, None
     set_seed(training_args.seed)
 
+    training_args.include_for_metrics = [*training_args.include_for_metrics, "inputs"]
     say(" · ".join(f"{split} {len(pairs[split])} pairs" for split in pairs))
     checkpoint = checkpoint_to_resume(training_args) if training else None
     tokenizer = make_tokenizer(model_args, training_args, checkpoint, train_tokenizer)
@@ -437,12 +437,19 @@ def run_pairs(
     limit = generation_config.max_new_tokens or data_args.max_target_length
     model.generation_config.update(max_length=limit + 1, max_new_tokens=None)
 
+    validation = encode_pairs(pairs["validation"], tokenizer)
+    sources = {
+        tuple(ids): source for ids, (source, _) in zip(validation["input_ids"], pairs["validation"], strict=True)
+    }
+
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        # In the order of the sampler, which groups by length.
         texts = []
         for ids in (prediction.predictions, prediction.label_ids):
             ids = np.where(ids < 0, tokenizer.pad_token_id, ids)
             texts.append([text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)])
-        return score_texts(*texts)
+        read = (tuple(row[(row >= 0) & (row != tokenizer.pad_token_id)].tolist()) for row in prediction.inputs)
+        return score_texts(*texts, [sources[ids] for ids in read])
 
     dropout_tokenizer = None
     if bpe_dropout > 0:
@@ -454,7 +461,7 @@ def run_pairs(
         model=model,
         args=training_args,
         train_dataset=encode_pairs(pairs["train"], tokenizer, limits, bpe_dropout > 0) if training else None,
-        eval_dataset=encode_pairs(pairs["validation"], tokenizer),
+        eval_dataset=validation,
         data_collator=PairCollator(tokenizer, model=model, dropout_tokenizer=dropout_tokenizer),
         processing_class=tokenizer,
         compute_metrics=compute_metrics if training_args.predict_with_generate else None,

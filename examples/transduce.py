@@ -166,8 +166,8 @@ def main() -> int | None:
         sources, labels = zip(*pairs["train"], strict=True)
         return train_symbol_tokenizer(sources, labels, data_args.source_level, data_args.target_level)
 
-    def score_texts(results: list[str], _: list[str]) -> dict[str, float]:
-        return score(results, targets["validation"].values(), data_args)
+    def score_texts(results: list[str], _: list[str], sources: list[str]) -> dict[str, float]:
+        return score(results, [targets["validation"][source] for source in sources], data_args)
 
     status = run_pairs(
         arguments, pairs, train_tokenizer, score_texts, partial(report, targets["test"], data_args, training_args)

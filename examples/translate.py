@@ -145,7 +145,7 @@ def main() -> int | None:
         texts = (text for pair in pairs["train"] for text in pair)
         return train_subword_tokenizer(texts, data_args.vocab_size, data_args.normalization)
 
-    def score_texts(translations: list[str], references: list[str]) -> dict[str, float]:
+    def score_texts(translations: list[str], references: list[str], _: list[str]) -> dict[str, float]:
         return {"bleu": corpus_bleu(translations, references, data_args.bleu_tokenize)[0]}
 
     status = run_pairs(
