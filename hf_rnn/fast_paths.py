@@ -11,6 +11,7 @@ from contextvars import ContextVar
 
 FAST_PATHS = {
     "torch_kernel": "torch's kernels (oneDNN, cuDNN or ATen) over whole sequences, for the cells that they know",
+    "segments": "those kernels over padded batches on a CPU in pieces of time, for the rows that are not at their end",
     "gru_function": "a GRU over a whole sequence on a CPU as one autograd function on packed weights",
     "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
     "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the layout of oneDNN",

@@ -61,10 +61,9 @@ class _GRU(torch.autograd.Function):
 
 
 def takes_gru_function(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a GRU with the recurrent `weight` over `inputs` `(batch, seq, size)` runs as the function."""
+    """Whether a GRU with the recurrent `weight` over `inputs` of as many rows and steps runs as the function."""
     return (
         weight.shape[1] >= 128
-        and inputs.shape[1] > 2
         and inputs.dtype == torch.float32
         and may_take("gru_function")
         and can_pack(inputs, weight)
@@ -76,12 +75,12 @@ def run_gru(projected: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
     The equations of `GRUCell` over a sequence without padding.
 
     Args:
-        projected (`torch.Tensor` of shape `(batch, seq, 3 * hidden_size)`): What the inputs contribute to the gates.
+        projected (`torch.Tensor` of shape `(seq, batch, 3 * hidden_size)`): What the inputs contribute to the gates.
         hidden (`torch.Tensor` of shape `(batch, hidden_size)`): The state before the first step.
         weight (`torch.Tensor` of shape `(3 * hidden_size, hidden_size)`): The recurrent weight.
         bias (`torch.Tensor` of shape `(3 * hidden_size,)`): Its bias.
 
     Returns:
-        The hidden states `(batch, seq, hidden_size)` after each step.
+        The hidden states `(seq, batch, hidden_size)` after each step.
     """
-    return _GRU.apply(projected.transpose(0, 1), hidden, weight, bias).transpose(0, 1)
+    return _GRU.apply(projected, hidden, weight, bias)

@@ -17,6 +17,7 @@ from .packed_linear import packed_linear
 from .packed_sequences import PackedPadding
 from .recurrent_cells import Linear, RecurrentCell, State
 from .recurrent_padding import Padding, gather_positions
+from .recurrent_segments import Segments, find_segments, read_steps, show_steps
 from .step_linear import step_linear
 
 
@@ -75,7 +76,11 @@ def run_loop(
 
 
 def call_torch_kernel(
-    cells: list[RecurrentCell], inputs: torch.Tensor, state: State, weights: list[torch.Tensor] | None = None
+    cells: list[RecurrentCell],
+    inputs: torch.Tensor,
+    state: State,
+    weights: list[torch.Tensor] | None = None,
+    batch_first: bool = True,
 ) -> tuple[torch.Tensor, State]:
     """
     Torch's own kernel (oneDNN, cuDNN or ATen) over a whole sequence without padding.
@@ -85,6 +90,7 @@ def call_torch_kernel(
         inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): The inputs.
         state: The initial states of the first cell, then those of the second.
         weights (`list[torch.Tensor]`, *optional*): Stands for the parameters of the cells.
+        batch_first (`bool`): Whether inputs and outputs have the batch before the time, or behind it.
 
     Returns:
         The outputs `(batch, seq, cells * hidden_size)` and the final states in the order of `state`.
@@ -92,6 +98,9 @@ def call_torch_kernel(
     if weights is None:
         weights = [w for cell in cells for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
     if cells[0].torch_kernel == "gru" and takes_gru_function(inputs, weights[1]):
+        if batch_first:
+            outputs, final = _call_gru_function(inputs.transpose(0, 1), state, weights)
+            return outputs.transpose(0, 1), final
         return _call_gru_function(inputs, state, weights)
     num_states = len(cells[0].state_names)
     initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
@@ -107,20 +116,20 @@ def call_torch_kernel(
         0.0,  # dropout
         keeps_graph,
         len(cells) > 1,
-        True,  # batch first
+        batch_first,
     )
     return outputs, tuple(final[index][direction] for direction in range(len(cells)) for index in range(num_states))
 
 
 def _call_gru_function(inputs: torch.Tensor, state: State, weights: list[torch.Tensor]) -> tuple[torch.Tensor, State]:
-    """[`call_torch_kernel`] for GRUs on CPUs."""
+    """[`call_torch_kernel`] for GRUs on CPUs, with the time before the batch."""
     outputs, final = [], []
     for direction, hidden in enumerate(state):
         weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * direction : 4 * direction + 4]
-        projected = F.linear(inputs.flip(1) if direction == 1 else inputs, weight_ih, bias_ih)
+        projected = F.linear(inputs.flip(0) if direction == 1 else inputs, weight_ih, bias_ih)
         hiddens = run_gru(projected, hidden, weight_hh, bias_hh)
-        outputs.append(hiddens.flip(1) if direction == 1 else hiddens)
-        final.append(hiddens[:, -1])
+        outputs.append(hiddens.flip(0) if direction == 1 else hiddens)
+        final.append(hiddens[-1])
     return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0], tuple(final)
 
 
@@ -141,16 +150,19 @@ def run_torch_kernel(
     as they are, and their outputs moved back. States that are not outputs (the LSTM's cell state) pass the padding at
     the end unchanged, because one more input column, which is on at padding, holds them there by the gates.
     """
+    weights, holds = None, needs_state and cell.hold_gates is not None
+    if holds:
+        hold = cell.weight_ih.new_tensor(cell.hold_gates) * SATURATION
+        column = hold.repeat_interleave(cell.hidden_size).unsqueeze(-1)
+        weights = [torch.cat([cell.weight_ih, column], dim=-1), cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    segments = find_segments(padding, inputs, cell.weight_hh.shape[0])
+    if segments is not None:
+        return _run_segments(cell, inputs, state, segments, reverse, weights)
     index = padding.direction(reverse)
     if index.gather is not None:
         inputs = gather_positions(inputs, index.gather)
-    weights = None
-    if needs_state and cell.hold_gates is not None:
-        is_padding = (~padding.valid).to(inputs.dtype).unsqueeze(-1)
-        hold = cell.weight_ih.new_tensor(cell.hold_gates) * SATURATION
-        column = hold.repeat_interleave(cell.hidden_size).unsqueeze(-1)
-        inputs = torch.cat([inputs, is_padding], dim=-1)
-        weights = [torch.cat([cell.weight_ih, column], dim=-1), cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    if holds:
+        inputs = torch.cat([inputs, (~padding.valid).to(inputs.dtype).unsqueeze(-1)], dim=-1)
     outputs, final = call_torch_kernel([cell], inputs, state, weights)
     last = padding.at_last(outputs, state[0])
     if index.scatter is None:
@@ -159,6 +171,38 @@ def run_torch_kernel(
         outputs = gather_positions(outputs, index.scatter)
         outputs = torch.where(index.started, outputs, state[0].to(outputs.dtype).unsqueeze(1))
     return outputs, (last, *final[1:])
+
+
+def _run_segments(
+    cell: RecurrentCell,
+    inputs: torch.Tensor,
+    state: State,
+    segments: Segments,
+    reverse: bool,
+    weights: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, State]:
+    """[`run_torch_kernel`] piece by piece, each with the rows that are not at their end; `weights` as it makes them."""
+    steps = segments.direction(reverse)
+    inputs = read_steps(inputs, steps)
+    if weights is not None:
+        inputs = torch.cat([inputs, (steps.shown_at < 0).to(inputs.dtype).unsqueeze(-1)], dim=-1)
+    outputs, ended = [], []
+    current = [part.index_select(0, segments.order) for part in state]
+    for start, stop, rows, first in segments.pieces:
+        ended.append([part[rows:] for part in current])
+        piece = inputs[first : first + (stop - start) * rows].view(stop - start, rows, -1)
+        output, current = call_torch_kernel([cell], piece, tuple(part[:rows] for part in current), weights, False)
+        outputs.append(output.flatten(0, 1))
+    outputs = torch.cat(outputs)
+    last = torch.where(
+        (segments.padding.lengths == 0)[:, None],
+        state[0].to(outputs.dtype),
+        outputs.index_select(0, segments.last_steps),
+    )
+    # The longest rows stand first, so that those that ended last do.
+    ended = [[part.to(outputs.dtype) for part in parts] for parts in reversed([*ended, current])]
+    final = [torch.cat(parts).index_select(0, segments.rank) for parts in zip(*ended)]
+    return show_steps(outputs, steps, state[0]), (last, *final[1:])
 
 
 def loop_linear(inputs: torch.Tensor, num_steps: int, kept: torch.Tensor | None = None) -> Linear:

@@ -27,6 +27,7 @@ class Padding:
         self.mask = mask
         self.is_right_padded = is_right_padded
         self._directions: dict[bool, DirectionIndex] = {}
+        self.segments: dict = {}  # kept here by what runs the batch in pieces
 
     @cached_property
     def lengths(self) -> torch.Tensor:

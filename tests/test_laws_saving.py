@@ -668,6 +668,7 @@ RUNNING = {
     "recurrent_layer",
     "recurrent_onnx",
     "recurrent_operator",
+    "recurrent_segments",
     "step_linear",
 }
 
