@@ -212,7 +212,7 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             position_ids=position_ids,

@@ -525,7 +525,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_final_states=encoder_outputs.get("pooler_output"),
             encoder_attention_mask=attention_mask,
-            past_key_values=given_cache(past_key_values, cache),
+            cache=given_cache(past_key_values, cache),
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             return_dict=True,

@@ -5,6 +5,7 @@ a layer holds has the same size however long the text: the first state (the hidd
 further states side by side in `values` `[batch, size of the rest]`.
 """
 
+import warnings
 from dataclasses import fields
 
 import torch
@@ -221,14 +222,20 @@ _CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(BaseModelOu
 
 def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     """
-    The one argument that has two names.
+    The one argument that has two names. The older of them is warned of where transformers does so for its own models.
 
     Raises:
         `ValueError`: Both are given.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("Give `past_key_values` or `cache`, not both: they are two names of the same state.")
-    return cache if past_key_values is None else past_key_values
+    if past_key_values is None:
+        return cache
+    if _CACHE_FIELD == "cache" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated since transformers 5.24. Use `cache` instead.", FutureWarning, stacklevel=3
+        )
+    return past_key_values
 
 
 def cache_output(cache: Cache | None) -> dict[str, Cache | None]:

@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import warnings
+from dataclasses import fields
 
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, GPT2Config, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hf_rnn import RECURRENT_CELLS, RNNConfig
 from hf_rnn.recurrent_cache import RecurrentStateLayer, RecurrentStateStaticLayer
@@ -440,6 +443,26 @@ def test_cache_has_two_names(name):
     assert not torch.equal(model(**then)[0], wanted)
     with pytest.raises(ValueError, match="`past_key_values` or `cache`, not both"):
         model(**then, past_key_values=state, cache=state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_the_older_name_is_warned_of_as_in_transformers(name):
+    """Once where it is given, by transformers that has another name for it; never by what the library does itself."""
+    model, inputs = make_model(name), make_inputs(name, with_labels=False)
+    state = model(**inputs, use_cache=True)[1]
+    warned = []
+    for keyword in ("past_key_values", "cache"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(**inputs, **{keyword: state})
+        warned.append(sum(f"`{keyword}` is deprecated" in str(warning.message) for warning in caught))
+        assert not [warning for warning in caught if issubclass(warning.category, FutureWarning)] or warned[-1]
+    has_new_name = "cache" in {field.name for field in fields(BaseModelOutputWithPast)}
+    assert warned == [int(has_new_name), 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)

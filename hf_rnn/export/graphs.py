@@ -159,7 +159,7 @@ def _language_model(model: RNNForCausalLM) -> tuple[dict[str, Graph], list[State
         outputs = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=positions,
             return_dict=True,
@@ -224,7 +224,7 @@ def _translator(
         outputs = decoder(
             input_ids=input_ids,
             encoder_hidden_states=AttentionMemory(keys, values, mask.bool()[:, None, None]),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             output_attentions=True,
             return_dict=True,

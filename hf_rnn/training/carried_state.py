@@ -165,7 +165,7 @@ class CarriedStateTrainer(Trainer):
         streams, block = inputs.pop("streams"), inputs.pop("block")
         states = self._carried[model.training]
         state = self._state_before(states, streams, block)
-        inputs |= {"past_key_values": state, "use_cache": True}
+        inputs |= {"cache": state, "use_cache": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         states[streams] = (block + 1, detach_state(cache_of(outputs)))
         return (loss, outputs) if return_outputs else loss
