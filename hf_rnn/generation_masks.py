@@ -28,8 +28,9 @@ class GenerationMasks:
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        # Each row is one text, in which a recurrence counts for itself.
-        inputs.pop("position_ids", None)
+        # Each row must be one text, which the positions of the prompt tell; from then on a recurrence counts itself.
+        if not is_first_iteration:
+            inputs.pop("position_ids", None)
         prefix = "decoder_" if self.config.is_encoder_decoder else ""
         mask = inputs.get(f"{prefix}attention_mask")
         if mask is not None:
