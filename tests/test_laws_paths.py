@@ -6,7 +6,14 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, loop_only, recurrent_kernels
+from hf_rnn import (
+    ATTENTION_SCORES,
+    RECURRENT_CELLS,
+    loop_only,
+    recurrent_kernels,
+    recurrent_segments,
+    without_fast_paths,
+)
 from hf_rnn.recurrent_layer import Padding, RecurrentLayer
 from matrix import MODEL_CLASSES, make_config, make_inputs, make_mask, make_model, options_of
 from reference import (
@@ -165,6 +172,31 @@ def test_fast_path_is_the_loop_is_the_equations(cell_type, bidirectional, kernel
                     if needs_state or name == "outputs":
                         message = f"{where}, {name}"
                         np.testing.assert_allclose(loop[name], value, rtol=1e-11, atol=1e-12, err_msg=message)
+
+
+@CELLS
+@DIRECTIONS
+@pytest.mark.parametrize("call_cost", [0, 4])
+def test_pieces_of_time_are_the_loop(cell_type, bidirectional, call_cost, kernel_calls, monkeypatch):
+    """A batch cut at every length, and one where rows end within a piece too; never where nothing is gained by it."""
+    monkeypatch.setattr(recurrent_segments, "CALL_COST", call_cost)
+    monkeypatch.setattr(recurrent_segments, "CALL_OPERATIONS", 0)
+    layer, inputs, state = make_layer(cell_type, bidirectional)
+    num_lengths = {"right": 5, "right and empty": 3, "left": 5, "mixed": 3, "both ends": 1}
+    for kind, number in num_lengths.items():
+        num_pieces = number if call_cost == 0 else min(number, 2)
+        for padding in (paddings(MASKS[kind])[0], Padding(MASKS[kind].bool())):
+            for needs_state in (True, False):
+                where = f"{kind}, {needs_state=}, looked at: {padding.is_right_padded}"
+                with loop_only():
+                    loop = run(layer, inputs, state, padding, needs_state)
+                kernel_calls.clear()
+                assert_same(run(layer, inputs, state, padding, needs_state), loop, where)
+                assert len(kernel_calls) == num_pieces * len(layer.cells), where
+                with without_fast_paths("segments"):
+                    kernel_calls.clear()
+                    assert_same(run(layer, inputs, state, padding, needs_state), loop, where)
+                    assert len(kernel_calls) == len(layer.cells), where
 
 
 @CELLS
