@@ -31,7 +31,7 @@ from .recurrent_cache import (
     read_state,
     write_state,
 )
-from .recurrent_cells import State
+from .recurrent_cells import Linear, State
 from .recurrent_kernels import loop_linear
 from .recurrent_layer import HiddenStates, Padding, RecurrentLayer, make_layers
 from .recurrent_model import (
@@ -41,6 +41,7 @@ from .recurrent_model import (
     select_positions,
     vocabulary_projection,
 )
+from .recurrent_segments import Segments, find_loop_segments, read_steps, show_steps
 
 
 def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None, pad_token_id: int | None):
@@ -56,6 +57,16 @@ def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None,
     shifted[:, :1] = decoder_start_token_id
     # Behind a label that is ignored nothing is predicted, so that any token will do.
     return shifted.masked_fill(shifted == -100, decoder_start_token_id if pad_token_id is None else pad_token_id)
+
+
+def positions_before_last_label(labels: torch.Tensor) -> torch.Tensor:
+    """True `[batch, target]` up to the last label of a row that is not ignored (-100): nothing depends on the rest."""
+    return (labels != -100).flip(1).cumsum(1).flip(1) > 0
+
+
+def _hold(is_token: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """`new`, but `old` in rows where there is no token; `new` everywhere where nothing is known of that."""
+    return new if is_token is None else torch.where(is_token, new, old)
 
 
 class RNNSeq2SeqPreTrainedModel(RecurrentPreTrainedModel):
@@ -377,25 +388,20 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         num_steps = embeddings.shape[1]
         linear = loop_linear(embeddings, num_steps)
         linears = [layer.loop_linear(embeddings, num_steps) for layer in self.layers]
+        if not needs_state and not recording and not any(layer.recurrent_dropout for layer in self.layers):
+            segments = find_loop_segments(padding)
+            if segments is not None:
+                return self._run_segments(embeddings, [*states, (vector,)], memory, segments, linears, linear)
         is_token = [None] * embeddings.shape[1] if padding is None else padding.mask.unsqueeze(-1).unbind(1)
-
-        def hold(position: int, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-            return new if is_token[position] is None else torch.where(is_token[position], new, old)
 
         contexts, weights, vectors, layer_outputs, steps = [], [], [], [], []
         for position, embedding in enumerate(embeddings.unbind(1)):
+            outputs, states, context, weight = self._step(
+                embedding, states, vector, memory, is_token[position], linears, linear
+            )
             if feeds:
-                inputs = torch.cat([embedding, vector], dim=-1)
-            else:
-                context, weight = self.attention(states[-1][0].unsqueeze(1), memory)
-                inputs = torch.cat([embedding, context.squeeze(1)], dim=-1)
-            outputs = []
-            for index, layer in enumerate(self.layers):
-                inputs, states[index] = layer.step(inputs, states[index], is_token[position], linears[index], linear)
-                outputs.append(inputs)
-            if feeds:
-                context, weight = self.attention(inputs.unsqueeze(1), memory)
-                vector = hold(position, self._attentional_vectors(context.squeeze(1), inputs, linear=linear), vector)
+                new = self._attentional_vectors(context.squeeze(1), outputs[-1], linear=linear)
+                vector = _hold(is_token[position], new, vector)
                 vectors.append(vector)
             contexts.append(context)
             weights.append(weight)
@@ -407,7 +413,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             # Nothing waits for these, so that all positions are done at once.
             all_vectors = self._attentional_vectors(torch.cat(contexts, dim=1), hidden_states, embeddings)
             for position, new in enumerate(all_vectors.unbind(1)):
-                vector = hold(position, new, vector)
+                vector = _hold(is_token[position], new, vector)
                 vectors.append(vector)
         for step, step_vector in zip(steps, vectors):
             step[0] = (*step[0], step_vector)
@@ -415,6 +421,72 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         if recording:
             histories = [tuple(map(torch.stack, zip(*layer_steps))) for layer_steps in zip(*steps)]
         return torch.stack(vectors, dim=1), torch.cat(weights, dim=2), steps[-1], histories
+
+    def _step(
+        self,
+        embedding: torch.Tensor,
+        states: list[State],
+        vector: torch.Tensor,
+        memory: AttentionMemory,
+        is_token: torch.Tensor | None,
+        linears: list[Linear],
+        linear: Linear,
+    ) -> tuple[list[torch.Tensor], list[State], torch.Tensor, torch.Tensor]:
+        """One position: the output of each layer, the new states, the context and the weights."""
+        feeds, states, outputs = self.config.input_feeding, list(states), []
+        if not feeds:
+            context, weights = self.attention(states[-1][0].unsqueeze(1), memory)
+        inputs = torch.cat([embedding, vector if feeds else context.squeeze(1)], dim=-1)
+        for index, layer in enumerate(self.layers):
+            inputs, states[index] = layer.step(inputs, states[index], is_token, linears[index], linear)
+            outputs.append(inputs)
+        if feeds:
+            context, weights = self.attention(inputs.unsqueeze(1), memory)
+        return outputs, states, context, weights
+
+    def _run_segments(
+        self,
+        embeddings: torch.Tensor,
+        states: list[State],
+        memory: AttentionMemory,
+        segments: Segments,
+        linears: list[Linear],
+        linear: Linear,
+    ):
+        """
+        [`~RNNSeq2SeqDecoder._run_steps`] with those rows alone that have not ended, and without the final states; the
+        last of `states` is the vector to feed. At padding everything is repeated, the weights too.
+        """
+        feeds = self.config.input_feeding
+        steps = segments.direction(False)
+        features = read_steps(embeddings, steps)
+        initial = [state[0] for state in states]
+        states = [tuple(part.index_select(0, segments.order) for part in state) for state in states]
+        memory = AttentionMemory(*(None if part is None else part.index_select(0, segments.order) for part in memory))
+        contexts, weights, vectors, layer_outputs = [], [], [], []
+        for start, stop, rows, first in segments.pieces:
+            *states, (vector,) = [tuple(part[:rows] for part in state) for state in states]
+            memory = AttentionMemory(*(None if part is None else part[:rows] for part in memory))
+            for embedding in features[first : first + (stop - start) * rows].split(rows):
+                outputs, states, context, weight = self._step(embedding, states, vector, memory, None, linears, linear)
+                if feeds:
+                    vector = self._attentional_vectors(context.squeeze(1), outputs[-1], linear=linear)
+                    vectors.append(vector)
+                contexts.append(context.squeeze(1))
+                weights.append(weight)
+                layer_outputs.append(outputs)
+            states.append((vector,))
+        layer_outputs = [torch.cat(outputs) for outputs in zip(*layer_outputs)]
+        for layer, outputs, first_output in zip(self.layers, layer_outputs, initial):
+            layer.recorded(show_steps(outputs, steps, first_output))
+        if feeds:
+            vectors = torch.cat(vectors)
+        else:
+            vectors = self._attentional_vectors(torch.cat(contexts), layer_outputs[-1], features)
+        weights = torch.cat(weights)
+        shown = show_steps(weights.flatten(1), steps, weights.new_zeros(1, 1))
+        weights = shown.unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
+        return show_steps(vectors, steps, initial[-1]), weights, [None] * len(self.layers), [None] * len(self.layers)
 
     def _run_no_step(self, embeddings: torch.Tensor, states: list[State], memory: AttentionMemory, recording: bool):
         """A target without a single position leaves the states as they are."""
@@ -584,7 +656,8 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
             inputs_embeds, decoder_inputs_embeds, use_cache, cache: As in [`RNNSeq2SeqModel`].
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*):
-                The target tokens; -100 where there is none. The decoder's inputs are made of them if none are given.
+                The target tokens; -100 where there is none. The decoder's inputs are made of them if none are given,
+                and in training on a CPU nothing is computed behind the last label of a row.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 How many positions at the end, or which, to compute logits for; 0 for all.
 
@@ -594,6 +667,10 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            # On other devices and in graphs a mask costs more than the steps that it saves.
+            saves_steps = self.training and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+            if saves_steps and decoder_attention_mask is None:
+                decoder_attention_mask = positions_before_last_label(labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

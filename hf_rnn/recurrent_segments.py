@@ -18,6 +18,8 @@ from .recurrent_padding import Padding
 STEP_COST = 8
 CALL_COST = 16
 CALL_OPERATIONS = 3e7
+# What a cut costs a loop over the steps, which makes new views of what it reads.
+LOOP_CUT_COST = 4
 # More places to cut are not looked at.
 MOST_CUTS = 32
 
@@ -169,6 +171,14 @@ def choose_cuts(lengths: list[int], call_cost: float) -> list[int]:
     return cuts[::-1]
 
 
+def _segments(padding: Padding, call_cost: float) -> Segments | None:
+    """The cheapest pieces where a further piece costs so much, or None where it is the whole. `padding` keeps them."""
+    if call_cost not in padding.segments:
+        cuts = choose_cuts(padding.lengths.tolist(), call_cost)
+        padding.segments[call_cost] = Segments(padding, cuts) if len(cuts) > 1 else None
+    return padding.segments[call_cost]
+
+
 def find_segments(padding: Padding, inputs: torch.Tensor, gate_rows: int) -> Segments | None:
     """
     The pieces in which a kernel is to run over a padded batch, or None where it had better run over the whole.
@@ -181,8 +191,13 @@ def find_segments(padding: Padding, inputs: torch.Tensor, gate_rows: int) -> Seg
     if inputs.device.type != "cpu" or torch.compiler.is_compiling() or not may_take("segments"):
         return None
     operations = 6 * gate_rows * (inputs.shape[-1] + gate_rows // 4)
-    key = round(CALL_COST + CALL_OPERATIONS / operations)
-    if key not in padding.segments:
-        cuts = choose_cuts(padding.lengths.tolist(), key)
-        padding.segments[key] = Segments(padding, cuts) if len(cuts) > 1 else None
-    return padding.segments[key]
+    return _segments(padding, round(CALL_COST + CALL_OPERATIONS / operations))
+
+
+def find_loop_segments(padding: Padding | None) -> Segments | None:
+    """The pieces for a loop over the steps, where a cut costs no more than a view; None where there is one piece."""
+    if padding is None or padding.mask.device.type != "cpu":
+        return None
+    if torch.compiler.is_compiling() or not may_take("segments"):
+        return None
+    return _segments(padding, LOOP_CUT_COST)

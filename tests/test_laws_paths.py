@@ -15,7 +15,7 @@ from hf_rnn import (
     without_fast_paths,
 )
 from hf_rnn.recurrent_layer import Padding, RecurrentLayer
-from matrix import MODEL_CLASSES, make_config, make_inputs, make_mask, make_model, options_of
+from matrix import DECODERS, MODEL_CLASSES, make_config, make_inputs, make_mask, make_model, options_of
 from reference import (
     CELL_STEPS,
     NUM_STATES,
@@ -345,6 +345,62 @@ def test_models_on_the_fast_path_and_on_the_loop(name, kernel_calls):
             assert kernel_calls, options
             torch.testing.assert_close(fast.pop("loss", None), loop.pop("loss", None), rtol=1e-6, atol=0)
             assert_same(fast, loop, str(options))
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=str)
+@pytest.mark.parametrize("cell_type", ["gru", "lstm"])
+def test_rows_that_have_ended_are_not_decoded(decoder, cell_type, monkeypatch):
+    """A decoder that runs step by step, cut at every length: outputs, also at padding, and gradients of the loop."""
+    monkeypatch.setattr(recurrent_segments, "LOOP_CUT_COST", 0)
+    name = "RNNSeq2SeqForConditionalGeneration"
+    model = make_model(name, cell_type=cell_type, **decoder)
+    inputs = make_inputs(name) | {"attention_mask": make_mask(), "use_cache": False}
+    lengths = torch.tensor([5, 2, 0, 3, 5, 1])
+    inputs["decoder_attention_mask"] = (torch.arange(5) < lengths[:, None]).long()
+    attended = []
+    attend = model.model.decoder.attention.register_forward_hook(lambda _, args, __: attended.append(len(args[0])))
+    fast = results_of(model, inputs)
+    if model.model.decoder.runs_step_by_step:
+        assert attended == [5, 4, 3, 2, 2]
+    attend.remove()
+    with loop_only():
+        loop = results_of(model, inputs)
+    # The stock loss is computed in float32.
+    torch.testing.assert_close(fast.pop("loss", None), loop.pop("loss", None), rtol=1e-6, atol=0)
+    assert_same(fast, loop, str(decoder))
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=str)
+def test_nothing_is_decoded_behind_the_last_label(decoder):
+    """In training, where the inputs are made of labels; those in between that are ignored end nothing."""
+    name = "RNNSeq2SeqForConditionalGeneration"
+    model = make_model(name, **decoder).train()
+    inputs = make_inputs(name)
+    del inputs["decoder_input_ids"]
+    for row, length in enumerate([5, 2, 0, 3, 5, 1]):
+        inputs["labels"][row, length:] = -100
+    inputs["labels"][0, 2] = -100
+    seen = []
+    inner = model.model.forward
+
+    def forward(**arguments):
+        seen.append(arguments["decoder_attention_mask"])
+        return inner(**arguments)
+
+    def gradients(**more):
+        loss = model(**inputs, **more).loss
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+
+    model.model.forward = forward
+    actual = gradients()
+    expected = gradients(decoder_attention_mask=torch.ones_like(inputs["labels"]))
+    assert seen[0].sum(1).tolist() == [5, 2, 0, 3, 5, 1]
+    for pair in zip(actual, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-9)
+    model.eval()
+    with torch.no_grad():
+        model(**inputs)
+    assert seen[-1] is None
 
 
 @pytest.mark.parametrize("name", ["RNNForCausalLM", "RNNForMaskedLM"])
