@@ -16,8 +16,8 @@ from .recurrent_padding import Padding
 # What a step costs beside its rows, and a call beside its steps, in rows times steps: the weights are read at every
 # step and brought into order at every call. Found by measurement, as are the operations that take the time of a call.
 STEP_COST = 8
-CALL_COST = 16
-CALL_OPERATIONS = 3e7
+CALL_COST = 70
+CALL_OPERATIONS = 1e7
 # What a cut costs a loop over the steps, which makes new views of what it reads.
 LOOP_CUT_COST = 4
 # More places to cut are not looked at.
