@@ -68,7 +68,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     ```"""
 
     model_type = "rnn"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "gates"]
     base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
 
     vocab_size: int = 32000

@@ -1,5 +1,7 @@
 """The `rnn` family: recurrent layers over token embeddings, and the heads on them."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -16,7 +18,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_rnn import RNNConfig
 from .deferred_logits import vocabulary_logits
@@ -38,7 +40,7 @@ from .recurrent_cache import (
     read_state,
     write_state,
 )
-from .recurrent_layer import HiddenStates, Padding, make_layers
+from .recurrent_layer import GateValues, HiddenStates, Padding, make_layers
 from .recurrent_model import (
     RecurrentPreTrainedModel,
     embed_inputs,
@@ -51,11 +53,31 @@ from .recurrent_model import (
 logger = logging.get_logger(__name__)
 
 
+@dataclass
+class RNNModelOutput(BaseModelOutputWithPast):
+    """
+    `BaseModelOutputWithPast` with `gates`, which `output_gates=True` asks for: for each layer a dictionary from the
+    names of the cell's gates to their values `(batch, seq, hidden_size)`.
+    """
+
+    gates: tuple[dict[str, torch.FloatTensor], ...] | None = None
+
+
+@dataclass
+class RNNCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with `gates` as in [`RNNModelOutput`]."""
+
+    gates: tuple[dict[str, torch.FloatTensor], ...] | None = None
+
+
 class RNNPreTrainedModel(RecurrentPreTrainedModel):
     """Base class of the family."""
 
     config: RNNConfig
-    _can_record_outputs = {"hidden_states": hidden_states_recorder("num_hidden_states")}
+    _can_record_outputs = {
+        "hidden_states": hidden_states_recorder("num_hidden_states"),
+        "gates": OutputRecorder(GateValues),
+    }
 
 
 class RNNModel(RNNPreTrainedModel):
@@ -89,8 +111,9 @@ class RNNModel(RNNPreTrainedModel):
         use_cache: bool | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
+        output_gates: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> RNNModelOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Token ids.
@@ -108,15 +131,22 @@ class RNNModel(RNNPreTrainedModel):
                 else. A row of several texts has no state to go on from. The graph of a compiler or an exporter does
                 not see the positions, and does not look for texts where `past_key_values` are given; in ONNX a row is
                 always one text.
+            output_gates (`bool`, *optional*):
+                Whether to return the gates. The layers then run step by step and not on the fast paths: this is for
+                looking at a model, not for training or serving one.
 
         Returns:
-            `BaseModelOutputWithPast`: `last_hidden_state` `(batch, seq, output_size)`, `past_key_values` and, on
-            request, `hidden_states`: the embeddings and the output of each layer.
+            [`RNNModelOutput`]: `last_hidden_state` `(batch, seq, output_size)`, `past_key_values` and, on request,
+            `hidden_states`, the embeddings and the output of each layer, and `gates`: for each layer a dictionary from
+            the cell's `gate_names` (of an LSTM `input`, `forget`, `cell`, `output`) to their values behind the
+            activation `(batch, seq, hidden_size)`, zero at padding. Those of the direction from right to left have
+            `_reverse` behind their names.
 
         Raises:
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, one of them, a mask, positions or a state
                 of a wrong shape, a state for a model with two directions, a state given or asked for where a row holds
-                several texts, or texts in one row that are told by other arguments than `position_ids`.
+                several texts, texts in one row that are told by other arguments than `position_ids`, or `output_gates`
+                with a cell that has no `gate_values`.
         """
         past_key_values = given_cache(past_key_values, cache)
         inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds)
@@ -141,15 +171,18 @@ class RNNModel(RNNPreTrainedModel):
         if starts is not None and past_key_values is None:
             padding = PackedPadding(starts.to(inputs_embeds.device), mask)
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
+        needs_gates = bool(getattr(self.config, "output_gates", False) if output_gates is None else output_gates)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         for layer_idx, layer in enumerate(self.layers):
             state = read_state(past_key_values, layer_idx, layer.state_sizes, batch_size)
             recording = is_recording(target, layer_idx)
             if recording and state is None:
                 state = layer.initial_state(hidden_states)
-            hidden_states, new_state, history = layer(hidden_states, state, padding, target is not None, recording)
+            hidden_states, new_state, history = layer(
+                hidden_states, state, padding, target is not None, recording, needs_gates
+            )
             write_state(target, layer_idx, new_state, seq_length, history, state)
-        return BaseModelOutputWithPast(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
+        return RNNModelOutput(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
 
 
 class RNNLanguageModelingHead(RNNPreTrainedModel):
@@ -193,12 +226,13 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
+        output_gates: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> RNNCausalLMOutput:
         r"""
         Args:
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, cache: As in
-                [`RNNModel`].
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, cache, output_gates:
+                As in [`RNNModel`].
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 The tokens themselves (they are shifted here); -100 where there is nothing to predict. The first token
                 of a text is never predicted.
@@ -206,7 +240,8 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
                 How many positions at the end, or which, to compute logits for; 0 for all.
 
         Returns:
-            `CausalLMOutputWithPast`: `loss` in nats per predicted token, `logits` `(batch, seq, vocab_size)`.
+            [`RNNCausalLMOutput`]: `loss` in nats per predicted token, `logits` `(batch, seq, vocab_size)`, and what
+            [`RNNModel`] returns on request.
         """
         past_key_values = given_cache(past_key_values, cache)
         outputs = self.model(
@@ -217,7 +252,7 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
             use_cache=use_cache,
             position_ids=position_ids,
             return_dict=True,
-            **kwargs,
+            **kwargs if output_gates is None else kwargs | {"output_gates": output_gates},
         )
         hidden_states = self.projection(select_positions(outputs.last_hidden_state, logits_to_keep))
         logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=self.training and labels is not None)
@@ -230,10 +265,11 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
             if position_ids is not None and past_key_values is None:
                 labels = labels.masked_fill(text_starts(position_ids, attention_mask).to(labels.device), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return RNNCausalLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
+            gates=outputs.gates,
             **cache_output(cache_of(outputs)),
         )
 

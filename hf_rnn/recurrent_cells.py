@@ -15,11 +15,15 @@ from transformers import initialization as init
 
 State = tuple[torch.Tensor, ...]
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# The methods that say what a cell computes.
+EQUATIONS = ("step", "gate_values", "next_state", "project_inputs")
 
 
 class RecurrentCell(nn.Module):
     r"""
-    One step of a recurrence. Subclasses name their gates and states and write [`~RecurrentCell.step`].
+    One step of a recurrence. Subclasses name their gates and states and write [`~RecurrentCell.step`] or, so that
+    `output_gates` can return the gates, its two halves [`~RecurrentCell.gate_values`] and
+    [`~RecurrentCell.next_state`].
 
     Parameters have the names, shapes and gate order of torch's cells: `weight_ih` `[gates * hidden_size, input_size]`,
     `weight_hh` `[gates * hidden_size, hidden_size]`, `bias_ih` and `bias_hh` `[gates * hidden_size]`. The weights of
@@ -57,7 +61,7 @@ class RecurrentCell(nn.Module):
         super().__init_subclass__(**kwargs)
         # Whoever names the kernel vouches for the equations; those found before it (mixins too) change them.
         owner = next(base for base in cls.__mro__ if "torch_kernel" in vars(base))
-        if any(getattr(cls, name) is not getattr(owner, name) for name in ("step", "project_inputs")):
+        if any(getattr(cls, name) is not getattr(owner, name) for name in EQUATIONS):
             cls.torch_kernel = None
 
     def extra_repr(self) -> str:
@@ -116,6 +120,19 @@ class RecurrentCell(nn.Module):
         Returns:
             `tuple`: The new state.
         """
+        return self.next_state(self.gate_values(projected, state, linear), state)
+
+    def gate_values(self, projected: torch.Tensor, state: State, linear: Linear = F.linear) -> State:
+        """
+        The first half of a step: the gates behind their activation. Arguments as in [`~RecurrentCell.step`].
+
+        Returns:
+            `tuple` of `torch.Tensor` of shape `(batch, hidden_size)`: One tensor for each of `gate_names`.
+        """
+        raise NotImplementedError
+
+    def next_state(self, gates: State, state: State) -> State:
+        """The second half of a step: the new state, from the gates and the state before."""
         raise NotImplementedError
 
 
@@ -128,9 +145,12 @@ class RNNTanhCell(RecurrentCell):
 
     torch_kernel = "rnn_tanh"
 
-    def step(self, projected, state, linear=F.linear):
+    def gate_values(self, projected, state, linear=F.linear):
         (hidden,) = state
         return (torch.tanh(projected + linear(hidden, self.weight_hh, self.bias_hh)),)
+
+    def next_state(self, gates, state):
+        return gates
 
 
 class RNNReLUCell(RecurrentCell):
@@ -142,9 +162,12 @@ class RNNReLUCell(RecurrentCell):
 
     torch_kernel = "rnn_relu"
 
-    def step(self, projected, state, linear=F.linear):
+    def gate_values(self, projected, state, linear=F.linear):
         (hidden,) = state
         return (torch.relu(projected + linear(hidden, self.weight_hh, self.bias_hh)),)
+
+    def next_state(self, gates, state):
+        return gates
 
 
 class GRUCell(RecurrentCell):
@@ -161,13 +184,17 @@ class GRUCell(RecurrentCell):
     gate_names = ("reset", "update", "new")
     torch_kernel = "gru"
 
-    def step(self, projected, state, linear=F.linear):
+    def gate_values(self, projected, state, linear=F.linear):
         (hidden,) = state
         input_gates, input_new = projected.split([2 * self.hidden_size, self.hidden_size], dim=-1)
         recurrent = linear(hidden, self.weight_hh, self.bias_hh)
         hidden_gates, hidden_new = recurrent.split([2 * self.hidden_size, self.hidden_size], dim=-1)
         reset, update = torch.sigmoid(input_gates + hidden_gates).chunk(2, dim=-1)
-        new = torch.tanh(input_new + reset * hidden_new)
+        return reset, update, torch.tanh(input_new + reset * hidden_new)
+
+    def next_state(self, gates, state):
+        _, update, new = gates
+        (hidden,) = state
         return (new + update * (hidden - new),)
 
 
@@ -196,12 +223,15 @@ class LSTMCell(RecurrentCell):
         bias.chunk(4)[1].fill_(config.forget_gate_bias)
         init.copy_(self.bias_ih, bias)
 
-    def step(self, projected, state, linear=F.linear):
-        hidden, cell = state
-        gates = projected + linear(hidden, self.weight_hh, self.bias_hh)
+    def gate_values(self, projected, state, linear=F.linear):
+        gates = projected + linear(state[0], self.weight_hh, self.bias_hh)
         input_gate, forget_gate, new, output_gate = gates.chunk(4, dim=-1)
-        cell = torch.sigmoid(forget_gate) * cell + torch.sigmoid(input_gate) * torch.tanh(new)
-        return torch.sigmoid(output_gate) * torch.tanh(cell), cell
+        return torch.sigmoid(input_gate), torch.sigmoid(forget_gate), torch.tanh(new), torch.sigmoid(output_gate)
+
+    def next_state(self, gates, state):
+        input_gate, forget_gate, new, output_gate = gates
+        cell = forget_gate * state[1] + input_gate * new
+        return output_gate * torch.tanh(cell), cell
 
 
 RECURRENT_CELLS: dict[str, type[RecurrentCell]] = {

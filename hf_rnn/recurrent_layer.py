@@ -15,16 +15,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .fast_paths import loop_only
 from .packed_linear import begin_text
 from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State
+from .recurrent_gates import Gates, run_with_gates
 from .recurrent_kernels import loop_linear, masked_step, project_inputs, run_sequence
 from .recurrent_operator import run_sequence_opaquely
 from .recurrent_padding import Padding
 
 
-__all__ = ["HiddenStates", "Padding", "RecurrentLayer", "loop_only", "make_layers"]
+__all__ = ["GateValues", "HiddenStates", "Padding", "RecurrentLayer", "loop_only", "make_layers"]
 
 
 class HiddenStates(nn.Identity):
     """The place where hidden states `[batch, seq, size]` are recorded for `output_hidden_states`."""
+
+
+class GateValues(nn.Module):
+    """The place where the gates of a layer, by name `[batch, seq, hidden]`, are recorded for `output_gates`."""
+
+    def forward(self, gates: Gates) -> Gates:
+        return gates
 
 
 class RecurrentLayer(GradientCheckpointingLayer):
@@ -53,6 +61,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
         self.recurrent_dropout = config.recurrent_dropout
         self.residual = config.residual and layer_idx > 0
         self.recorded = HiddenStates()
+        self.recorded_gates = GateValues()
 
     @property
     def cells(self) -> list[RecurrentCell]:
@@ -76,6 +85,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
         padding: Padding | None = None,
         needs_state: bool = True,
         needs_history: bool = False,
+        needs_gates: bool = False,
     ) -> tuple[torch.Tensor, State | None, State | None]:
         """
         Args:
@@ -85,6 +95,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
             padding (`Padding`, *optional*): Where the tokens lie.
             needs_state (`bool`): Whether the final state is asked for.
             needs_history (`bool`): Whether the state after each position is asked for (one direction only).
+            needs_gates (`bool`): Whether the gates are to pass through `recorded_gates`, see [`run_with_gates`].
 
         Returns:
             The outputs `(batch, seq, output_size)`; the final states or None; the states
@@ -101,9 +112,13 @@ class RecurrentLayer(GradientCheckpointingLayer):
             elif not needs_history:
                 # A single step goes into a graph as it is; so do the states passed through, which nobody compiles.
                 run = run_sequence_opaquely
-        outputs, state, history = self.within_cells(
+        if needs_gates:
+            run = run_with_gates
+        outputs, state, history, *gates = self.within_cells(
             lambda cells: run(cells, inputs, state, padding, kept, needs_state, needs_history)
         )
+        for values in gates:
+            self.recorded_gates(values)
         return self.recorded(self._add_residual(outputs, hidden_states)), state if needs_state else None, history
 
     def step(

@@ -11,6 +11,7 @@ Weights = dict[str, np.ndarray]
 State = tuple[np.ndarray, ...]
 
 CELL_STEPS = {}
+CELL_GATES = {}
 NUM_STATES = {}
 SCORES = {}
 POOLINGS = {}
@@ -35,12 +36,13 @@ def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
     return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
 
 
-# Cells: (weights, input [..., input_size], state) -> state. Gates are stacked in the order of torch.
+# Cells: (weights, input [..., input_size], state) -> gates in the order of torch, in which they are stacked, behind
+# their activation; and -> state.
 
 
-def cell(name: str, num_states: int = 1):
+def cell(name: str, gates, num_states: int = 1):
     def register(step):
-        CELL_STEPS[name], NUM_STATES[name] = step, num_states
+        CELL_STEPS[name], CELL_GATES[name], NUM_STATES[name] = step, gates, num_states
         return step
 
     return register
@@ -50,37 +52,52 @@ def gates_of(weights: Weights, source: str, x: np.ndarray, number: int) -> list[
     return np.split(x @ weights[f"weight_{source}"].T + weights[f"bias_{source}"], number, axis=-1)
 
 
-@cell("rnn_tanh")
-def rnn_tanh_step(weights: Weights, x: np.ndarray, state: State) -> State:
-    """Elman (1990)."""
+def rnn_tanh_gates(weights: Weights, x: np.ndarray, state: State) -> State:
     (wx,), (wh,) = gates_of(weights, "ih", x, 1), gates_of(weights, "hh", state[0], 1)
     return (np.tanh(wx + wh),)
 
 
-@cell("rnn_relu")
-def rnn_relu_step(weights: Weights, x: np.ndarray, state: State) -> State:
-    """The same, rectified."""
+@cell("rnn_tanh", rnn_tanh_gates)
+def rnn_tanh_step(weights: Weights, x: np.ndarray, state: State) -> State:
+    """Elman (1990)."""
+    return rnn_tanh_gates(weights, x, state)
+
+
+def rnn_relu_gates(weights: Weights, x: np.ndarray, state: State) -> State:
     (wx,), (wh,) = gates_of(weights, "ih", x, 1), gates_of(weights, "hh", state[0], 1)
     return (np.maximum(wx + wh, 0),)
 
 
-@cell("gru")
+@cell("rnn_relu", rnn_relu_gates)
+def rnn_relu_step(weights: Weights, x: np.ndarray, state: State) -> State:
+    """The same, rectified."""
+    return rnn_relu_gates(weights, x, state)
+
+
+def gru_gates(weights: Weights, x: np.ndarray, state: State) -> State:
+    (rx, zx, nx), (rh, zh, nh) = gates_of(weights, "ih", x, 3), gates_of(weights, "hh", state[0], 3)
+    r = sigmoid(rx + rh)
+    return r, sigmoid(zx + zh), np.tanh(nx + r * nh)
+
+
+@cell("gru", gru_gates)
 def gru_step(weights: Weights, x: np.ndarray, state: State) -> State:
     """Cho et al. (2014) with the reset gate behind the product, as in torch: reset, update, new."""
-    (h,) = state
-    (rx, zx, nx), (rh, zh, nh) = gates_of(weights, "ih", x, 3), gates_of(weights, "hh", h, 3)
-    r, z = sigmoid(rx + rh), sigmoid(zx + zh)
-    n = np.tanh(nx + r * nh)
-    return ((1 - z) * n + z * h,)
+    _, z, n = gru_gates(weights, x, state)
+    return ((1 - z) * n + z * state[0],)
 
 
-@cell("lstm", num_states=2)
+def lstm_gates(weights: Weights, x: np.ndarray, state: State) -> State:
+    (ix, fx, gx, ox), (ih, fh, gh, oh) = gates_of(weights, "ih", x, 4), gates_of(weights, "hh", state[0], 4)
+    return sigmoid(ix + ih), sigmoid(fx + fh), np.tanh(gx + gh), sigmoid(ox + oh)
+
+
+@cell("lstm", lstm_gates, num_states=2)
 def lstm_step(weights: Weights, x: np.ndarray, state: State) -> State:
     """Hochreiter and Schmidhuber (1997), Gers et al. (2000): input, forget, cell, output."""
-    h, c = state
-    (ix, fx, gx, ox), (ih, fh, gh, oh) = gates_of(weights, "ih", x, 4), gates_of(weights, "hh", h, 4)
-    c = sigmoid(fx + fh) * c + sigmoid(ix + ih) * np.tanh(gx + gh)
-    return sigmoid(ox + oh) * np.tanh(c), c
+    i, f, g, o = lstm_gates(weights, x, state)
+    c = f * state[1] + i * g
+    return o * np.tanh(c), c
 
 
 def run_cell(cell_type: str, weights: Weights, inputs: np.ndarray, state: State, mask: np.ndarray, reverse: bool):

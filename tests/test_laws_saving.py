@@ -664,6 +664,7 @@ RUNNING = {
     "deferred_logits",
     "gru_function",
     "packed_linear",
+    "recurrent_gates",
     "recurrent_kernels",
     "recurrent_layer",
     "recurrent_onnx",
