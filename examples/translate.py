@@ -25,6 +25,7 @@ import sacrebleu
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_rnn import plot_attention
 from pair_training import (
     DEFAULT_DATA,
     GenerationArguments,
@@ -67,13 +68,13 @@ class DataArguments(PairArguments):
 def attention_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, target: str
 ) -> tuple[torch.Tensor, list[str], list[str]]:
-    """The last layer's attention while the model writes `target`, mean of heads `[target, source]`, and the tokens."""
+    """The last layer's attention while the model writes `target` `[heads, target, source]`, and the tokens."""
     inputs = tokenizer(source, return_tensors="pt").to(model.device)
     labels = tokenizer(text_target=target, return_tensors="pt")["input_ids"].to(model.device)
     start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
     decoder_input_ids = torch.cat([start, labels[:, :-1]], dim=1)
     outputs = model.eval()(**inputs, decoder_input_ids=decoder_input_ids, output_attentions=True)
-    weights = outputs.cross_attentions[-1][0].mean(dim=0)  # [batch, heads, target, source]
+    weights = outputs.cross_attentions[-1][0]
     source_ids, target_ids = inputs["input_ids"][0].tolist(), labels[0].tolist()
     return weights, token_pieces(tokenizer, source_ids), token_pieces(tokenizer, target_ids)
 
@@ -124,10 +125,9 @@ def report(
     # A sentence of middle length shows most in a picture.
     plotted = min(shown or [0], key=lambda index: abs(len(sources[index].split()) - 9))
     try:
-        from attention_plot import plot_attention
-
         weights, columns, rows = attention_of(model, tokenizer, sources[plotted], translations[plotted])
-        plot_attention(weights, columns, rows, output_dir / "attention.png", title=sources[plotted])
+        figure = plot_attention(weights, columns, rows, title=sources[plotted])
+        figure.savefig(output_dir / "attention.png", dpi=150)
         say(f"Attention of {sources[plotted]!r}: {output_dir / 'attention.png'}")
     except ImportError:
         say("No attention heat map: matplotlib is not installed (pip install matplotlib).")

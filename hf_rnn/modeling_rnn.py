@@ -113,7 +113,7 @@ class RNNModel(RNNPreTrainedModel):
         cache: Cache | None = None,
         output_gates: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> RNNModelOutput:
+    ) -> BaseModelOutputWithPast:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Token ids.
@@ -136,11 +136,11 @@ class RNNModel(RNNPreTrainedModel):
                 looking at a model, not for training or serving one.
 
         Returns:
-            [`RNNModelOutput`]: `last_hidden_state` `(batch, seq, output_size)`, `past_key_values` and, on request,
-            `hidden_states`, the embeddings and the output of each layer, and `gates`: for each layer a dictionary from
-            the cell's `gate_names` (of an LSTM `input`, `forget`, `cell`, `output`) to their values behind the
-            activation `(batch, seq, hidden_size)`, zero at padding. Those of the direction from right to left have
-            `_reverse` behind their names.
+            `BaseModelOutputWithPast`: `last_hidden_state` `(batch, seq, output_size)`, `past_key_values` and, on
+            request, `hidden_states`: the embeddings and the output of each layer. With `output_gates` a
+            [`RNNModelOutput`], which has `gates` too: for each layer a dictionary from the cell's `gate_names` (of an
+            LSTM `input`, `forget`, `cell`, `output`) to their values behind the activation `(batch, seq, hidden_size)`,
+            zero at padding. Those of the direction from right to left have `_reverse` behind their names.
 
         Raises:
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, one of them, a mask, positions or a state
@@ -182,7 +182,8 @@ class RNNModel(RNNPreTrainedModel):
                 hidden_states, state, padding, target is not None, recording, needs_gates
             )
             write_state(target, layer_idx, new_state, seq_length, history, state)
-        return RNNModelOutput(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
+        output_class = RNNModelOutput if needs_gates else BaseModelOutputWithPast
+        return output_class(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
 
 
 class RNNLanguageModelingHead(RNNPreTrainedModel):
@@ -228,7 +229,7 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
         cache: Cache | None = None,
         output_gates: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> RNNCausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         r"""
         Args:
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, cache, output_gates:
@@ -240,8 +241,8 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
                 How many positions at the end, or which, to compute logits for; 0 for all.
 
         Returns:
-            [`RNNCausalLMOutput`]: `loss` in nats per predicted token, `logits` `(batch, seq, vocab_size)`, and what
-            [`RNNModel`] returns on request.
+            `CausalLMOutputWithPast`: `loss` in nats per predicted token, `logits` `(batch, seq, vocab_size)`. With
+            `output_gates` a [`RNNCausalLMOutput`], which has `gates` too.
         """
         past_key_values = given_cache(past_key_values, cache)
         outputs = self.model(
@@ -265,13 +266,11 @@ class RNNForCausalLM(GenerationMasks, RNNLanguageModelingHead, GenerationMixin):
             if position_ids is not None and past_key_values is None:
                 labels = labels.masked_fill(text_starts(position_ids, attention_mask).to(labels.device), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return RNNCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            gates=outputs.gates,
-            **cache_output(cache_of(outputs)),
-        )
+        output = {"loss": loss, "logits": logits, "hidden_states": outputs.hidden_states}
+        output |= cache_output(cache_of(outputs))
+        if "gates" in outputs:
+            return RNNCausalLMOutput(**output, gates=outputs.gates)
+        return CausalLMOutputWithPast(**output)
 
 
 # Trainer looks here, and nowhere else, to see whether its own label smoothing has to shift the labels.

@@ -450,16 +450,3 @@ class TestStopping:
         monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
         expected = "python examples/translate.py --output_dir 'my out' --seed=3 --resume_from_checkpoint true"
         assert training_helpers.resume_command() == expected
-
-
-def test_heat_map(tmp_path):
-    pytest.importorskip("matplotlib")
-    import torch
-
-    from attention_plot import fonts_for, plot_attention
-
-    assert fonts_for("abc é")[0] == "DejaVu Sans"
-    plot_attention(torch.full((2, 3), 1 / 3), ["a", "$x", "</s>"], ["é", "</s>"], tmp_path / "a.png", title="a $x")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="do not fit"):
-        plot_attention(torch.zeros(2, 2), ["a"], ["b"], tmp_path / "b.png")

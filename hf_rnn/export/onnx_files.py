@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .extras import require
+from ..extras import require
 from .graphs import Graph
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..extras import require
 from . import runner
-from .extras import require
 from .graphs import Graph, make_graphs
 from .onnx_files import SHARED_WEIGHTS, quantize, share_weights, to_exported_program, write_onnx
 

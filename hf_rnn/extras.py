@@ -1,9 +1,9 @@
-"""Packages that export needs and the library does not."""
+"""Packages that some folders need and the models do not. Imports nothing of the package."""
 
 import importlib.util
 
 
-EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
+EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "matplotlib": "plots"}
 
 
 def require(*packages: str) -> None:
