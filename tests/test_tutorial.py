@@ -1,4 +1,4 @@
-"""The tutorial's scripts: what they write with a little training, and in the slow tests that their pass marks are met."""
+"""The tutorial's scripts: what they write after a little training, and, slowly, that their pass marks are met."""
 
 import os
 import subprocess

@@ -67,10 +67,11 @@ def running_sums(steps: int) -> dict[str, torch.Tensor]:
 
 def make_pairs(count: int, unseen: bool) -> torch.Tensor:
     """
-    Pairs of numbers `[count, 2]` of 1 to 4 digits, each length equally often; of the tenth of all pairs that is never
-    trained on, or of the others.
+    Pairs of numbers `[count, 2]` of 1 to 4 digits. From the tenth of all pairs that is never trained on, each length
+    equally often; from the others, long ones more often.
     """
-    top = 10 ** torch.randint(1, 5, (8 * count if not unseen else 40 * count, 2))
+    digits = torch.rand(40 * count if unseen else 4 * count, 2)
+    top = 10 ** (1 + (4 * (digits if unseen else digits.sqrt())).long())
     numbers = (torch.rand(top.shape, dtype=torch.float64) * (top - top // 10) + top // 10).long()
     numbers = torch.where(top == 10, torch.randint(0, 10, top.shape), numbers)
     is_unseen = (numbers[:, 0] * 7919 + numbers[:, 1] * 104729) % 1000003 % 10 == 0

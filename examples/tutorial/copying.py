@@ -1,12 +1,13 @@
 """
 Copy what stood before a delimiter: a b c d e | -> a b c d e, for 5 to 50 letters.
 
-    RNN                  h_t = tanh(W x_t + U h_{t-1} + b)            everything has to fit into one state
-    LSTM                 C_t = f * C_{t-1} + i * C~, h_t = o * tanh(C_t)   the same, but gates keep the state
-    LSTM with attention  o_i = sum_j alpha_ij v_j                      all states of the source can be looked at
+    RNN                  h_t = tanh(W x_t + U h_{t-1} + b)                everything has to fit into one state
+    LSTM                 C_t = f * C_{t-1} + i * C~, h_t = o * tanh(C_t)  the same, but gates keep the state
+    LSTM with attention  o_i = sum_j alpha_ij v_j                         all states of the source can be looked at
 
-All three are trained on all lengths T, and a few beyond. The letters of a sequence are drawn without repetition from an alphabet of 64,
-so that a letter says where it stands; with `--repeats 1` they are drawn from it independently, which is harder.
+All three are trained on all lengths T and a few beyond. The letters of a sequence are drawn without repetition from an
+alphabet of 64, so that a letter says where it stands; with `--repeats 1` they are drawn from it independently, which is
+harder.
 
 The second picture shows why the plain RNN is the first to break. The gradient of the state after T steps with respect
 to the state k steps before is a product of k Jacobians. With tanh and small weights it vanishes, with larger weights it

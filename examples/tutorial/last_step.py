@@ -105,7 +105,7 @@ def main() -> None:
             logits = read(model, *pad([row for row, _ in chosen]))
             return torch.nn.functional.cross_entropy(logits, torch.tensor([label for _, label in chosen]))
 
-        train(model, loss_of_batch, arguments.steps or 1200, 4e-3, f"padding {read.__name__}")
+        train(model, loss_of_batch, arguments.steps or 2000, 4e-3, f"padding {read.__name__}")
 
     paddings = [0, 5, 10, 20, 40, 80]
     accuracies, moved = {}, {}

@@ -103,7 +103,7 @@ def show(label: str, values: torch.Tensor, count: int = 5) -> None:
 
 def main() -> None:
     default = "outputs/translator"
-    arguments = parse_arguments(__doc__.strip().splitlines()[0], model=default, sentence="Où est la gare ?")
+    arguments = parse_arguments(__doc__.strip().splitlines()[0], model=default, sentence="Où est ma voiture ?")
     folder, trained_here = Path(arguments.model), False
     if not (folder / "config.json").exists():
         if arguments.model != default:
