@@ -61,9 +61,10 @@ class _GRU(torch.autograd.Function):
 
 
 def takes_gru_function(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a GRU with the recurrent `weight` over `inputs` of as many rows and steps runs as the function."""
+    """Whether a GRU with the recurrent `weight` over `inputs` `(seq, batch, size)` runs as the function."""
     return (
         weight.shape[1] >= 128
+        and inputs.shape[0] > 2
         and inputs.dtype == torch.float32
         and may_take("gru_function")
         and can_pack(inputs, weight)

@@ -97,11 +97,10 @@ def call_torch_kernel(
     """
     if weights is None:
         weights = [w for cell in cells for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
-    if cells[0].torch_kernel == "gru" and takes_gru_function(inputs, weights[1]):
-        if batch_first:
-            outputs, final = _call_gru_function(inputs.transpose(0, 1), state, weights)
-            return outputs.transpose(0, 1), final
-        return _call_gru_function(inputs, state, weights)
+    by_time = inputs.transpose(0, 1) if batch_first else inputs
+    if cells[0].torch_kernel == "gru" and takes_gru_function(by_time, weights[1]):
+        outputs, final = _call_gru_function(by_time, state, weights)
+        return outputs.transpose(0, 1) if batch_first else outputs, final
     num_states = len(cells[0].state_names)
     initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
     kernel = getattr(torch._VF, cells[0].torch_kernel)
