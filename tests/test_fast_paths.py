@@ -330,7 +330,7 @@ def test_gru_function_with_frozen_parts(packed):
 def test_which_grus_run_as_the_function(monkeypatch):
     """Wide ones in float32 where packing pays; nothing else."""
     monkeypatch.setattr(packed_linear, "packing_pays", lambda dtype: True)
-    inputs, weight = torch.zeros(2, 5, 8), torch.zeros(3 * 128, 128)
+    inputs, weight = torch.zeros(5, 2, 8), torch.zeros(3 * 128, 128)
     assert gru_function.takes_gru_function(inputs, weight)
     assert not gru_function.takes_gru_function(inputs.double(), weight.double())
     assert not gru_function.takes_gru_function(inputs, torch.zeros(3 * 64, 64))
