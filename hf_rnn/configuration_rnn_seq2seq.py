@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 from .configuration_checks import (
     CheckedOnLoading,
     check_at_least,
+    check_at_most,
     check_layers,
     check_one_of,
     check_recurrence,
@@ -15,6 +16,8 @@ from .configuration_checks import (
 
 
 DECODER_TYPES = ("luong", "bahdanau", "gnmt")
+# Of windows and filters; longer than any source.
+MAX_WIDTH = 2**20
 
 
 @raises_value_error
@@ -33,9 +36,19 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         cell_type (`str`, *optional*, defaults to `"lstm"`):
             `"rnn_tanh"`, `"rnn_relu"`, `"gru"`, `"lstm"` or any other key of `RECURRENT_CELLS`.
         attention_score (`str`, *optional*, defaults to `"general"`):
-            `"dot"`, `"scaled_dot"`, `"general"`, `"additive"` or any other key of `ATTENTION_SCORES`.
+            `"dot"`, `"scaled_dot"`, `"general"`, `"local"`, `"additive"`, `"normalized_additive"`, `"location"` or any
+            other key of `ATTENTION_SCORES`.
         num_attention_heads (`int`, *optional*, defaults to 1):
             Number of heads. Queries, keys and values are divided among them, so it divides `hidden_size`.
+        attention_window (`int`, *optional*, defaults to 10):
+            How many tokens to each side of the predicted position the `"local"` score sees.
+        location_filters (`int`, *optional*, defaults to 32):
+            Number of filters, for each head, that the `"location"` score passes over the weights of the step before.
+        location_width (`int`, *optional*, defaults to 31): Width of such a filter, an odd number.
+        use_coverage (`bool`, *optional*, defaults to `False`):
+            Whether the score also reads how much weight each source position got so far
+            ([See et al., 2017](https://huggingface.co/papers/1704.04368)). With it, as with `"location"`, the weights
+            of a target are computed one position after the other.
         decoder_type (`str`, *optional*, defaults to `"luong"`):
             `"luong"` attends with the top state and combines it with the context
             ([Luong et al., 2015](https://huggingface.co/papers/1508.04025)); `"bahdanau"` attends with the previous
@@ -96,6 +109,10 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     cell_type: str = "lstm"
     attention_score: str = "general"
     num_attention_heads: int = 1
+    attention_window: int = 10
+    location_filters: int = 32
+    location_width: int = 31
+    use_coverage: bool = False
     decoder_type: str = "luong"
     input_feeding: bool = False
     residual: bool = False
@@ -134,7 +151,10 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
 
         check_one_of(self, "attention_score", ATTENTION_SCORES)
         check_one_of(self, "decoder_type", DECODER_TYPES)
-        check_at_least(self, 1, "num_attention_heads")
+        check_at_least(self, 1, "num_attention_heads", "attention_window", "location_filters", "location_width")
+        check_at_most(self, MAX_WIDTH, "attention_window", "location_filters", "location_width")
+        if self.location_width % 2 == 0:
+            raise ValueError(f"`location_width` must be an odd number, got {self.location_width}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size` ({self.hidden_size}), got {self.num_attention_heads}."
@@ -157,6 +177,15 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         """The kind of cache layer that each decoder layer asks for."""
         # `get_text_config(decoder=True)` moves `decoder_layers` to `num_hidden_layers`.
         return ["recurrent_state"] * vars(self).get("decoder_layers", self.num_hidden_layers)
+
+    @property
+    def attention_has_state(self) -> bool:
+        """Whether the attention reads what earlier positions attended to; it then has the last layer of the cache."""
+        from .attention import ATTENTION_SCORES
+
+        # The base class asks before the fields are checked.
+        score = ATTENTION_SCORES.get(self.attention_score)
+        return self.use_coverage is True or (score is not None and score.needs_previous_weights)
 
     @property
     def num_encoder_hidden_states(self) -> int:

@@ -1,6 +1,7 @@
 """The `rnn_seq2seq` family: a recurrent encoder, a recurrent decoder that attends to it, and the head on them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -184,7 +185,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
       a_t = s_t
 
     The attentional vector a_t is the output. `"luong"` without input feeding and `"gnmt"` run over a whole target at
-    once, the others step by step (and their layers take no part in gradient checkpointing).
+    once, the others step by step (and their layers take no part in gradient checkpointing). Where the score reads what
+    earlier positions attended to, the attention of the first two runs step by step between layers that do not.
 
     Args:
         config (`RNNSeq2SeqConfig`): The configuration.
@@ -213,8 +215,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         else:
             self.layers = make_layers(config, config.decoder_layers, input_size)
         self.bridge = StateBridge(config, len(self.layers[0].state_sizes))
-        score = ATTENTION_SCORES[config.attention_score]
-        self.attention = Attention(score(hidden_size, memory_size, config.num_attention_heads))
+        score = ATTENTION_SCORES[config.attention_score].from_config(config, hidden_size, memory_size)
+        self.attention = Attention(score, config.use_coverage)
         self.cross_attentions = CrossAttentions()
         combined_size = {
             "luong": memory_size + hidden_size,
@@ -284,9 +286,9 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 f"{source_shape}."
             )
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
-        states = self._initial_states(past_key_values, encoder_final_states, batch_size)
-        recording = is_recording(target, 0)
         memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask, again=seq_length == 1)
+        states = self._initial_states(past_key_values, encoder_final_states, memory)
+        recording = is_recording(target, 0)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         run = self._run_steps if self.runs_step_by_step else self._run_layers
@@ -299,15 +301,22 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, **cache_output(target))
 
     def _initial_states(
-        self, past_key_values: Cache | None, final_states: torch.Tensor | None, batch_size: int
+        self, past_key_values: Cache | None, final_states: torch.Tensor | None, memory: AttentionMemory
     ) -> list[State]:
-        """The states of each layer; step by step, those of the first layer end with the last attentional vector."""
+        """
+        The states of each layer, then that of the attention if it has one. Step by step, those of the first layer end
+        with the last attentional vector.
+        """
+        batch_size = memory.keys.shape[0]
         states = []
         for layer_idx, layer in enumerate(self.layers):
             sizes = list(layer.state_sizes)
             if layer_idx == 0 and self.runs_step_by_step:
                 sizes.append(self.config.hidden_size)
             states.append(read_state(past_key_values, layer_idx, sizes, batch_size))
+        if self.attention.state_names:
+            sizes = self.attention.state_sizes(memory)
+            states.append(read_state(past_key_values, len(self.layers), sizes, batch_size))
         if states[0] is not None:
             return states
         if final_states is None:
@@ -322,6 +331,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         states = self.bridge(final_states)
         if self.runs_step_by_step:
             states[0] = (*states[0], torch.zeros_like(states[0][0]))
+        if self.attention.state_names:
+            states.append(self.attention.initial_state(memory))
         return states
 
     def _gather_around_steps(self) -> None:
@@ -345,6 +356,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
     ):
         """Layer by layer over all positions at once."""
         new_states, histories, context = [], [], None
+        of_attention = states[-1] if self.attention.state_names else ()
+        target_mask = None if padding is None else padding.mask
         for layer, state in zip(self.layers, states):
             if context is not None:
                 hidden_states = torch.cat([hidden_states, context], dim=-1)
@@ -352,11 +365,16 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             new_states.append(new_state)
             histories.append(history)
             if context is None and self.config.decoder_type == "gnmt":
-                context, weights = self.attention(hidden_states, memory)
+                context, weights, attended = self.attention.walk(hidden_states, memory, of_attention, target_mask)
         if self.config.decoder_type == "gnmt":
-            return self.output_dropout(hidden_states), weights, new_states, histories
-        context, weights = self.attention(hidden_states, memory)
-        return self._attentional_vectors(context, hidden_states), weights, new_states, histories
+            outputs = self.output_dropout(hidden_states)
+        else:
+            context, weights, attended = self.attention.walk(hidden_states, memory, of_attention, target_mask)
+            outputs = self._attentional_vectors(context, hidden_states)
+        if self.attention.state_names:
+            new_states.append(attended[-1] if attended else of_attention)
+            histories.append(_stack_steps(attended, of_attention) if recording else None)
+        return outputs, weights, new_states, histories
 
     def _run_steps(
         self,
@@ -374,6 +392,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         feeds = self.config.input_feeding
         *first, vector = states[0]
         states = [tuple(first), *states[1:]]
+        top = len(self.layers) - 1
+        of_attention = states[-1] if self.attention.state_names else ()
         num_steps = embeddings.shape[1]
         linear = loop_linear(embeddings, num_steps)
         linears = [layer.loop_linear(embeddings, num_steps) for layer in self.layers]
@@ -387,16 +407,18 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             if feeds:
                 inputs = torch.cat([embedding, vector], dim=-1)
             else:
-                context, weight = self.attention(states[-1][0].unsqueeze(1), memory)
+                context, weight = self.attention(states[top][0].unsqueeze(1), memory, of_attention)
                 inputs = torch.cat([embedding, context.squeeze(1)], dim=-1)
             outputs = []
             for index, layer in enumerate(self.layers):
                 inputs, states[index] = layer.step(inputs, states[index], is_token[position], linears[index], linear)
                 outputs.append(inputs)
             if feeds:
-                context, weight = self.attention(inputs.unsqueeze(1), memory)
+                context, weight = self.attention(inputs.unsqueeze(1), memory, of_attention)
                 vector = hold(position, self._attentional_vectors(context.squeeze(1), inputs, linear=linear), vector)
                 vectors.append(vector)
+            if of_attention:
+                states[-1] = of_attention = self.attention.next_state(of_attention, weight, context, is_token[position])
             contexts.append(context)
             weights.append(weight)
             layer_outputs.append(outputs)
@@ -413,7 +435,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             step[0] = (*step[0], step_vector)
         histories = [None] * len(states)
         if recording:
-            histories = [tuple(map(torch.stack, zip(*layer_steps))) for layer_steps in zip(*steps)]
+            histories = [_stack_steps(layer_steps) for layer_steps in zip(*steps)]
         return torch.stack(vectors, dim=1), torch.cat(weights, dim=2), steps[-1], histories
 
     def _run_no_step(self, embeddings: torch.Tensor, states: list[State], memory: AttentionMemory, recording: bool):
@@ -425,8 +447,15 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         weights = memory.values.new_empty(batch_size, num_heads, 0, source)
         histories = [None] * len(states)
         if recording:
-            histories = [tuple(part.new_empty(0, *part.shape) for part in state) for state in states]
+            histories = [_stack_steps([], state) for state in states]
         return outputs, weights, states, histories
+
+
+def _stack_steps(steps: Sequence[State], initial: State = ()) -> State:
+    """The states after each step `[steps, batch, ...]`; `initial` has their shape where there is no step."""
+    if not steps:
+        return tuple(part.new_empty(0, *part.shape) for part in initial)
+    return tuple(map(torch.stack, zip(*steps)))
 
 
 class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):

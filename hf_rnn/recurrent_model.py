@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
-from .attention import AttentionScore
+from .attention import AttentionScore, CoverageFeatures
 from .packed_linear import forget_copies
 from .recurrent_cells import RecurrentCell
 from .recurrent_layer import HiddenStates
@@ -68,9 +68,9 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, RecurrentCell | AttentionScore):
+        if isinstance(module, RecurrentCell | AttentionScore | CoverageFeatures):
             module.init_weights(self.config)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | nn.Conv1d):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -63,6 +63,10 @@ def is_token(value):
     return value is None or is_int(value, 0)
 
 
+def is_width(value):
+    return is_int(value, 1, 2**20)
+
+
 def is_dropout(value):
     return is_number(value) and 0 <= value < 1
 
@@ -121,6 +125,10 @@ FIELDS = {
         "encoder_bidirectional": is_bool,
         "attention_score": is_one_of(*ATTENTION_SCORES),
         "num_attention_heads": is_int,
+        "attention_window": is_width,
+        "location_filters": is_width,
+        "location_width": lambda value: is_width(value) and value % 2 == 1,
+        "use_coverage": is_bool,
         "decoder_type": is_one_of(*DECODER_TYPES),
         "input_feeding": is_bool,
         "decoder_start_token_id": is_token,
@@ -248,6 +256,10 @@ def models(draw, names):
             "num_attention_heads": heads,
             "decoder_type": "luong" if kind == "fed" else kind,
             "input_feeding": kind == "fed",
+            "attention_window": draw(st.integers(1, 4)),
+            "location_filters": draw(st.integers(1, 3)),
+            "location_width": draw(st.sampled_from([1, 3, 5])),
+            "use_coverage": draw(st.booleans()),
         }
     else:
         options |= {
