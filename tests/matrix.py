@@ -31,7 +31,7 @@ SMALL_SCORES = {"local": {"attention_window": 2}, "location": {"location_filters
 COVERED = [
     {"attention_score": "additive"},
     {"attention_score": "location", "num_attention_heads": 2} | SMALL_SCORES["location"],
-    {"attention_score": "general", "num_attention_heads": 3},
+    {"attention_score": "general", "num_attention_heads": 2},
     {"attention_score": "local"} | SMALL_SCORES["local"],
 ]
 
