@@ -7,6 +7,7 @@ from .configuration_checks import (
     CheckedOnLoading,
     check_at_least,
     check_at_most,
+    check_finite,
     check_layers,
     check_one_of,
     check_recurrence,
@@ -78,6 +79,13 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the decoder's state is returned. While training it is returned only on request.
         decoder_start_token_id (`int`, *optional*, defaults to 1): Token that starts every target.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of a uniform distribution over the vocabulary in the labels while training. Padding takes no part.
+        coverage_loss_weight (`float`, *optional*, defaults to 0.0):
+            Weight, while training, of the loss for attending again to what was attended to (See et al., 2017).
+        guided_alignment_weight (`float`, *optional*, defaults to 1.0):
+            Weight, while training, of the loss for attending otherwise than the `alignments` say that are given to the
+            model ([Chen et al., 2016](https://huggingface.co/papers/1607.01628)).
 
     Raises:
         `ValueError`: A field of a wrong type or value; the message names the field, the value and what is allowed.
@@ -129,6 +137,9 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     decoder_start_token_id: int | None = 1
+    label_smoothing: float | int = 0.0
+    coverage_loss_weight: float | int = 0.0
+    guided_alignment_weight: float | int = 1.0
 
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
@@ -138,6 +149,14 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_recurrence()
         self.validate_attention()
+        self.validate_losses()
+
+    def validate_losses(self):
+        """Raises `ValueError` where a weight of a loss is out of range."""
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be a share in [0, 1), got {self.label_smoothing}.")
+        check_finite(self, "coverage_loss_weight", "guided_alignment_weight")
+        check_at_least(self, 0, "coverage_loss_weight", "guided_alignment_weight")
 
     def validate_recurrence(self):
         """Raises `ValueError` where fields of the recurrence are out of range."""

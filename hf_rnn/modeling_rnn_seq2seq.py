@@ -42,6 +42,7 @@ from .recurrent_model import (
     select_positions,
     vocabulary_projection,
 )
+from .seq2seq_losses import coverage_loss, guided_alignment_loss, mean_over_labels, uniform_loss
 
 
 def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None, pad_token_id: int | None):
@@ -606,6 +607,7 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        alignments: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         r"""
@@ -616,13 +618,20 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
                 The target tokens; -100 where there is none. The decoder's inputs are made of them if none are given.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 How many positions at the end, or which, to compute logits for; 0 for all.
+            alignments (`torch.Tensor` of shape `(batch, target, source)`, *optional*):
+                How much the words that are predicted belong to those of the source, zero or more, to train attention
+                with; see `guided_alignment_weight`.
 
         Returns:
-            `Seq2SeqLMOutput`: `loss` in nats per label, `logits` `(batch, target, vocab_size)`, and what
-            [`RNNSeq2SeqModel`] returns.
+            `Seq2SeqLMOutput`: `loss` in nats per label, while training with what the configuration adds to it; `logits`
+            `(batch, target, vocab_size)`, and what [`RNNSeq2SeqModel`] returns.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        returns_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        trains = self.training and labels is not None
+        if trains and (alignments is not None or self.config.coverage_loss_weight > 0):
+            kwargs["output_attentions"] = True
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -638,22 +647,40 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             **kwargs,
         )
         hidden_states = self.projection(select_positions(outputs.last_hidden_state, logits_to_keep))
-        logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=self.training and labels is not None)
+        for_loss = trains and self.config.label_smoothing == 0
+        logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=for_loss)
         loss = None
         if labels is not None:
             # The labels are aligned with the logits already.
             loss = self.loss_function(
                 logits=logits, labels=None, vocab_size=self.config.vocab_size, shift_labels=labels, **kwargs
             )
+            if self.training:
+                number = kwargs.get("num_items_in_batch")
+                loss = self._add_losses(loss, logits, labels, outputs, decoder_attention_mask, alignments, number)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
             decoder_hidden_states=outputs.decoder_hidden_states,
-            cross_attentions=outputs.cross_attentions,
+            cross_attentions=outputs.cross_attentions if returns_attentions else None,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             **cache_output(cache_of(outputs)),
         )
+
+    def _add_losses(self, loss, logits, labels, outputs, target_mask, alignments, num_items_in_batch):
+        """The loss with what the configuration adds to it while training."""
+        config = self.config
+        if config.label_smoothing > 0:
+            uniform = mean_over_labels(uniform_loss(logits, config.vocab_size), labels, num_items_in_batch)
+            loss = (1 - config.label_smoothing) * loss + config.label_smoothing * uniform
+        if config.coverage_loss_weight > 0:
+            repeated = coverage_loss(outputs.cross_attentions[0], target_mask)
+            loss = loss + config.coverage_loss_weight * mean_over_labels(repeated, labels, num_items_in_batch)
+        if alignments is not None:
+            astray = guided_alignment_loss(outputs.cross_attentions[0], alignments)
+            loss = loss + config.guided_alignment_weight * mean_over_labels(astray, labels, num_items_in_batch)
+        return loss
 
 
 __all__ = [

@@ -132,6 +132,9 @@ FIELDS = {
         "decoder_type": is_one_of(*DECODER_TYPES),
         "input_feeding": is_bool,
         "decoder_start_token_id": is_token,
+        "label_smoothing": is_dropout,
+        "coverage_loss_weight": lambda value: is_finite(value) and value >= 0,
+        "guided_alignment_weight": lambda value: is_finite(value) and value >= 0,
     },
 }
 NAMES = [*RECURRENT_CELLS, *ATTENTION_SCORES, *POOLING_TYPES, *DECODER_TYPES, "float16", "regression"]

@@ -653,6 +653,7 @@ INDEPENDENT = {
     "recurrent_cache",
     "recurrent_cells",
     "recurrent_padding",
+    "seq2seq_losses",
     "vocabulary_loss",
 }
 
