@@ -79,6 +79,10 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the decoder's state is returned. While training it is returned only on request.
         decoder_start_token_id (`int`, *optional*, defaults to 1): Token that starts every target.
+        scheduled_sampling (`float`, *optional*, defaults to 0.0):
+            Chance, while training, that the decoder reads the word that it predicted itself in place of the right one
+            ([Bengio et al., 2015](https://huggingface.co/papers/1506.03099)). `hf_rnn.training.ScheduledSampling`
+            advances it.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of a uniform distribution over the vocabulary in the labels while training. Padding takes no part.
         coverage_loss_weight (`float`, *optional*, defaults to 0.0):
@@ -137,6 +141,7 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     decoder_start_token_id: int | None = 1
+    scheduled_sampling: float | int = 0.0
     label_smoothing: float | int = 0.0
     coverage_loss_weight: float | int = 0.0
     guided_alignment_weight: float | int = 1.0
@@ -152,7 +157,9 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         self.validate_losses()
 
     def validate_losses(self):
-        """Raises `ValueError` where a weight of a loss is out of range."""
+        """Raises `ValueError` where what changes the training is out of range."""
+        if not 0 <= self.scheduled_sampling <= 1:
+            raise ValueError(f"`scheduled_sampling` must be a chance in [0, 1], got {self.scheduled_sampling}.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`label_smoothing` must be a share in [0, 1), got {self.label_smoothing}.")
         check_finite(self, "coverage_loss_weight", "guided_alignment_weight")

@@ -500,6 +500,19 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             return input_ids, inputs_embeds
         return None, self.shared(input_ids)
 
+    def encode(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """What [`RNNSeq2SeqEncoder`] returns for a source; hooks on the shared embeddings act on it."""
+        input_ids, inputs_embeds = self._embed(input_ids, inputs_embeds)
+        return self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
+
     @can_return_tuple
     def forward(
         self,
@@ -531,14 +544,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             `ValueError`: No target can be made, or what encoder and decoder refuse.
         """
         if encoder_outputs is None:
-            source_ids, inputs_embeds = self._embed(input_ids, inputs_embeds)
-            encoder_outputs = self.encoder(
-                input_ids=source_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                return_dict=True,
-                **kwargs,
-            )
+            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         elif not hasattr(encoder_outputs, "last_hidden_state"):
             last_hidden_state, final_states, hidden_states = (*encoder_outputs[:3], None, None)[:3]
             encoder_outputs = BaseModelOutputWithPooling(last_hidden_state, final_states, hidden_states)
@@ -628,8 +634,14 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        returns_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         trains = self.training and labels is not None
+        if trains and decoder_input_ids is not None and self.config.scheduled_sampling > 0:
+            if encoder_outputs is None:
+                encoder_outputs = self.model.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
+            decoder_input_ids = self._mix_in_predictions(
+                decoder_input_ids, decoder_attention_mask, encoder_outputs, attention_mask
+            )
+        returns_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if trains and (alignments is not None or self.config.coverage_loss_weight > 0):
             kwargs["output_attentions"] = True
         outputs = self.model(
@@ -667,6 +679,35 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             encoder_hidden_states=outputs.encoder_hidden_states,
             **cache_output(cache_of(outputs)),
         )
+
+    @torch.no_grad()
+    def _mix_in_predictions(self, decoder_input_ids, decoder_attention_mask, encoder_outputs, attention_mask):
+        """
+        The decoder's inputs with a share `scheduled_sampling` of what the model itself predicts after those before
+        them. The first token is kept, and so is what stands at padding or behind it.
+        """
+        mixed = decoder_input_ids.clone()
+        is_own = torch.rand(mixed.shape, device=mixed.device) < self.config.scheduled_sampling
+        if decoder_attention_mask is not None:
+            mask = decoder_attention_mask.bool()
+            is_own[:, 1:] &= mask[:, 1:] & mask[:, :-1]
+        cache, position_mask = None, None
+        for position in range(mixed.shape[1] - 1):
+            if decoder_attention_mask is not None:
+                position_mask = decoder_attention_mask[:, position : position + 1]
+            outputs = self.forward(
+                attention_mask=attention_mask,
+                decoder_input_ids=mixed[:, position : position + 1],
+                decoder_attention_mask=position_mask,
+                encoder_outputs=encoder_outputs,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+            )
+            cache = cache_of(outputs)
+            predicted = outputs.logits[:, -1].argmax(-1)
+            mixed[:, position + 1] = torch.where(is_own[:, position + 1], predicted, mixed[:, position + 1])
+        return mixed
 
     def _add_losses(self, loss, logits, labels, outputs, target_mask, alignments, num_items_in_batch):
         """The loss with what the configuration adds to it while training."""

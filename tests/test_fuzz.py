@@ -132,6 +132,7 @@ FIELDS = {
         "decoder_type": is_one_of(*DECODER_TYPES),
         "input_feeding": is_bool,
         "decoder_start_token_id": is_token,
+        "scheduled_sampling": lambda value: is_number(value) and 0 <= value <= 1,
         "label_smoothing": is_dropout,
         "coverage_loss_weight": lambda value: is_finite(value) and value >= 0,
         "guided_alignment_weight": lambda value: is_finite(value) and value >= 0,

@@ -245,6 +245,7 @@ MISTAKES = {
         ("input_feeding", "yes", "bool"),
         ("decoder_start_token_id", "go", "int"),
         ("label_smoothing", 1.0, "[0, 1)"),
+        ("scheduled_sampling", 1.5, "[0, 1]"),
         ("coverage_loss_weight", -0.5, "at least 0"),
         ("guided_alignment_weight", float("inf"), "finite"),
     ],

@@ -1,10 +1,14 @@
 """What the configuration of an encoder-decoder adds to its loss while training, against NumPy."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, Trainer, TrainingArguments
 
-from matrix import DECODERS, make_inputs, make_mask, make_model
+from hf_rnn.training import ScheduledSampling
+from matrix import DECODERS, MODEL_CLASSES, make_config, make_inputs, make_mask, make_model
 
 
 NAME = "RNNSeq2SeqForConditionalGeneration"
@@ -113,3 +117,104 @@ def test_attention_learns_from_its_losses(field):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+# Scheduled sampling.
+
+
+def inputs_read(model, batch: dict) -> torch.Tensor:
+    """The tokens that the decoder reads in a step of training."""
+    seen = []
+
+    def see(module, args, kwargs):
+        seen.append(kwargs["input_ids"])
+
+    hook = model.get_decoder().register_forward_pre_hook(see, with_kwargs=True)
+    model(**batch).loss.backward()
+    hook.remove()
+    return seen[-1]
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=lambda options: "-".join(map(str, options.values())))
+def test_a_decoder_reads_what_it_predicts(decoder):
+    """With a rate of one every token but the first is the best one after those that were read; the loss is theirs."""
+    batch = make_batch()
+    mask = batch["decoder_attention_mask"].bool()
+    model = make_model(NAME, scheduled_sampling=1.0, **decoder).train()
+    read = inputs_read(model, batch)
+    right = batch["decoder_input_ids"]
+    outputs = model.eval()(**(batch | {"decoder_input_ids": read}))
+    replaced = torch.zeros_like(mask)
+    replaced[:, 1:] = mask[:, 1:] & mask[:, :-1]
+    predicted = outputs.logits.argmax(-1).roll(1, dims=1)
+    assert torch.equal(read[replaced], predicted[replaced])
+    assert torch.equal(read[~replaced], right[~replaced])
+    assert (read[replaced] != right[replaced]).any()
+    torch.testing.assert_close(model.train()(**batch).loss, outputs.loss)
+    model.eval()
+    assert torch.equal(inputs_read(model, batch), right)
+
+
+def test_a_share_of_the_words_is_the_models_own():
+    model = make_model(NAME, scheduled_sampling=0.3).train()
+    batch = {key: value.repeat(300, 1) for key, value in make_batch().items()}
+    replaced = batch["decoder_attention_mask"].bool()
+    replaced = replaced[:, 1:] & replaced[:, :-1]
+    torch.manual_seed(0)
+    read = inputs_read(model, batch)[:, 1:]
+    changed = (read != batch["decoder_input_ids"][:, 1:])[replaced].double().mean()
+    # Now and then the model predicts the right word.
+    assert 0.2 < changed < 0.33
+
+
+@pytest.mark.parametrize("schedule", ["linear", "exponential", "inverse_sigmoid"])
+def test_schedules(schedule):
+    """They start at the right words, never go back, pass the point that was asked for and stay below the highest."""
+    rates = [ScheduledSampling(100, schedule).rate_at(step) for step in range(2000)]
+    assert rates[0] < 0.05
+    assert rates == sorted(rates)
+    assert rates[-1] == 1 if schedule == "linear" else rates[-1] > 0.99
+    assert math.isclose(rates[100], 1.0 if schedule == "linear" else 0.5, rel_tol=1e-6)
+    assert max(ScheduledSampling(100, schedule, final_rate=0.25).rate_at(step) for step in range(2000)) == 0.25
+    assert ScheduledSampling(1, schedule).rate_at(10**9) == 1.0
+
+
+def test_mistakes_in_a_schedule():
+    for given, message in [
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"steps": 5, "schedule": "cosine"}, "`schedule` must be one of .*linear.*got 'cosine'"),
+        ({"steps": 5, "final_rate": 2}, r"`final_rate` must be in \[0, 1\], got 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ScheduledSampling(**given)
+
+
+def test_the_schedule_is_saved_and_resumed(tmp_path):
+    """The same weights with an interruption as without, and the rate of the last step in the saved configuration."""
+    batch = make_batch()
+    rows = [{key: value[row] for key, value in batch.items()} for row in range(5)]
+    results = []
+    for name, stops in (("whole", [8]), ("resumed", [5, 8])):
+        for index, stop in enumerate(stops):
+            torch.manual_seed(0)
+            model = MODEL_CLASSES[NAME][1](make_config(NAME))
+            arguments = TrainingArguments(
+                tmp_path / name,
+                max_steps=8,
+                per_device_train_batch_size=2,
+                save_steps=5,
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+                learning_rate=0.01,
+                lr_scheduler_type="constant",
+            )
+            arguments.max_steps = stop
+            schedule = ScheduledSampling(8, "linear")
+            trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[schedule])
+            trainer.train(resume_from_checkpoint=index > 0)
+            assert model.config.scheduled_sampling == (stop - 1) / 8
+        results.append(dict(model.named_parameters()))
+        assert AutoConfig.from_pretrained(tmp_path / name / "checkpoint-5").scheduled_sampling == 0.5
+    for key, parameter in results[0].items():
+        assert torch.equal(parameter, results[1][key]), key
