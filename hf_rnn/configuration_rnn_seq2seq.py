@@ -79,6 +79,13 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the decoder's state is returned. While training it is returned only on request.
         decoder_start_token_id (`int`, *optional*, defaults to 1): Token that starts every target.
+        pointer_generator (`bool`, *optional*, defaults to `False`):
+            Whether words may be copied from the source
+            ([See et al., 2017](https://huggingface.co/papers/1704.04368)). Ids from `vocab_size` on then stand for
+            words of a source that the vocabulary lacks, counted in each row; they are read as `unk_token_id`, and the
+            logits, which are log-probabilities, are `vocab_size + num_copy_ids` wide.
+        num_copy_ids (`int`, *optional*, defaults to 50): How many such words one source may have.
+        unk_token_id (`int`, *optional*): The unknown token, which a pointer-generator needs.
         scheduled_sampling (`float`, *optional*, defaults to 0.0):
             Chance, while training, that the decoder reads the word that it predicted itself in place of the right one
             ([Bengio et al., 2015](https://huggingface.co/papers/1506.03099)). `hf_rnn.training.ScheduledSampling`
@@ -141,6 +148,9 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     decoder_start_token_id: int | None = 1
+    pointer_generator: bool = False
+    num_copy_ids: int = 50
+    unk_token_id: int | None = None
     scheduled_sampling: float | int = 0.0
     label_smoothing: float | int = 0.0
     coverage_loss_weight: float | int = 0.0
@@ -155,6 +165,18 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         self.validate_recurrence()
         self.validate_attention()
         self.validate_losses()
+        self.validate_copying()
+
+    def validate_copying(self):
+        """Raises `ValueError` where fields of the copying are out of range or do not fit together."""
+        check_at_least(self, 0, "num_copy_ids")
+        check_at_most(self, MAX_WIDTH, "num_copy_ids")
+        is_token = self.unk_token_id is not None and 0 <= self.unk_token_id < self.vocab_size
+        if not is_token and (self.pointer_generator or self.unk_token_id is not None):
+            raise ValueError(
+                f"`unk_token_id` must be a token below `vocab_size` ({self.vocab_size}), or None unless "
+                f"`pointer_generator` is True, got {self.unk_token_id}."
+            )
 
     def validate_losses(self):
         """Raises `ValueError` where what changes the training is out of range."""
@@ -203,6 +225,11 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         """The kind of cache layer that each decoder layer asks for."""
         # `get_text_config(decoder=True)` moves `decoder_layers` to `num_hidden_layers`.
         return ["recurrent_state"] * vars(self).get("decoder_layers", self.num_hidden_layers)
+
+    @property
+    def num_output_ids(self) -> int:
+        """Number of ids that can be predicted."""
+        return self.vocab_size + (self.num_copy_ids if self.pointer_generator else 0)
 
     @property
     def attention_has_state(self) -> bool:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -18,10 +20,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions
+from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions, merge_heads, split_heads
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .deferred_logits import vocabulary_logits
 from .packed_linear import apply_linear, packed_linear
+from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
 from .recurrent_cache import (
     cache_of,
     cache_output,
@@ -60,10 +63,28 @@ def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None,
     return shifted.masked_fill(shifted == -100, decoder_start_token_id if pad_token_id is None else pad_token_id)
 
 
+@dataclass
+class CopyableEncoderOutput(BaseModelOutputWithPooling):
+    """
+    What the encoder of a pointer-generator returns.
+
+    Args:
+        source_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): The tokens that were read, which may be
+            copied; beside the fields of [`~transformers.modeling_outputs.BaseModelOutputWithPooling`].
+    """
+
+    source_ids: torch.LongTensor | None = None
+
+
 class RNNSeq2SeqPreTrainedModel(RecurrentPreTrainedModel):
     """Base class of the family."""
 
     config: RNNSeq2SeqConfig
+
+    def known_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """The tokens as they are embedded: words that only a pointer-generator knows are unknown ones."""
+        unknown = self.config.unk_token_id if self.config.pointer_generator else None
+        return without_extended_ids(input_ids, self.config.vocab_size, unknown)
 
 
 class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
@@ -109,16 +130,20 @@ class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
         Raises:
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, or a mask of a wrong shape.
         """
-        inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds)
+        inputs_embeds = embed_inputs(self.config, self.embed_tokens, self.known_ids(input_ids), inputs_embeds)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         final_states = []
         for layer in self.layers:
             hidden_states, state, _ = layer(hidden_states, None, padding)
             final_states.extend(state)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=self.output_dropout(hidden_states), pooler_output=torch.cat(final_states, dim=-1)
-        )
+        fields = {
+            "last_hidden_state": self.output_dropout(hidden_states),
+            "pooler_output": torch.cat(final_states, dim=-1),
+        }
+        if self.config.pointer_generator:
+            return CopyableEncoderOutput(**fields, source_ids=input_ids)
+        return BaseModelOutputWithPooling(**fields)
 
 
 class StateBridge(nn.Module):
@@ -276,7 +301,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 encoder returned of a wrong shape, or nothing to attend to or to start from.
         """
         past_key_values = given_cache(past_key_values, cache)
-        inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds, prefix="decoder_")
+        tokens = self.known_ids(input_ids)
+        inputs_embeds = embed_inputs(self.config, self.embed_tokens, tokens, inputs_embeds, prefix="decoder_")
         batch_size, seq_length = inputs_embeds.shape[:2]
         if encoder_hidden_states is None:
             raise ValueError("`encoder_hidden_states` must be given: there is nothing else to attend to.")
@@ -498,7 +524,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
         """
         if input_ids is None or inputs_embeds is not None or not self.shared._forward_hooks:
             return input_ids, inputs_embeds
-        return None, self.shared(input_ids)
+        return None, self.shared(self.known_ids(input_ids))
 
     def encode(
         self,
@@ -592,6 +618,8 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         super().__init__(config)
         self.model = RNNSeq2SeqModel(config)
         self.projection, self.lm_head = vocabulary_projection(config, config.hidden_size)
+        gate_size = config.encoder_output_size + config.hidden_size + config.embedding_size
+        self.copy_gate = CopyGate(gate_size) if config.pointer_generator else None
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -639,11 +667,14 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             if encoder_outputs is None:
                 encoder_outputs = self.model.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
             decoder_input_ids = self._mix_in_predictions(
-                decoder_input_ids, decoder_attention_mask, encoder_outputs, attention_mask
+                decoder_input_ids, decoder_attention_mask, encoder_outputs, attention_mask, input_ids
             )
         returns_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if trains and (alignments is not None or self.config.coverage_loss_weight > 0):
             kwargs["output_attentions"] = True
+        returns_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if self.copy_gate is not None:
+            kwargs |= {"output_attentions": True, "output_hidden_states": True}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -659,13 +690,16 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             **kwargs,
         )
         hidden_states = self.projection(select_positions(outputs.last_hidden_state, logits_to_keep))
-        for_loss = trains and self.config.label_smoothing == 0
+        for_loss = trains and self.config.label_smoothing == 0 and self.copy_gate is None
         logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=for_loss)
+        if self.copy_gate is not None:
+            source_ids = getattr(encoder_outputs, "source_ids", None) if input_ids is None else input_ids
+            logits = self._mix_in_copies(logits, outputs, source_ids, decoder_attention_mask, logits_to_keep)
         loss = None
         if labels is not None:
             # The labels are aligned with the logits already.
             loss = self.loss_function(
-                logits=logits, labels=None, vocab_size=self.config.vocab_size, shift_labels=labels, **kwargs
+                logits=logits, labels=None, vocab_size=self.config.num_output_ids, shift_labels=labels, **kwargs
             )
             if self.training:
                 number = kwargs.get("num_items_in_batch")
@@ -673,15 +707,45 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_hidden_states=outputs.decoder_hidden_states if returns_states else None,
             cross_attentions=outputs.cross_attentions if returns_attentions else None,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_hidden_states=outputs.encoder_hidden_states if returns_states else None,
             **cache_output(cache_of(outputs)),
         )
 
+    def _mix_in_copies(self, logits, outputs, source_ids, target_mask, logits_to_keep):
+        """The log-probabilities `(batch, target, vocab_size + num_copy_ids)` of generating or copying."""
+        if source_ids is None:
+            raise ValueError("Give `input_ids`, or `encoder_outputs` with `source_ids`: there is nothing else to copy.")
+        num_ids = self.config.num_output_ids
+        if not torch.compiler.is_compiling() and source_ids.device.type == "cpu" and source_ids.numel() > 0:
+            highest = int(source_ids.max())
+            if highest >= num_ids:
+                raise ValueError(
+                    f"`input_ids` must be below `vocab_size` + `num_copy_ids` ({num_ids}) of a pointer-generator, got "
+                    f"{highest}."
+                )
+        values = outputs.encoder_last_hidden_state
+        weights = outputs.cross_attentions[0]
+        context = merge_heads(weights @ split_heads(values, weights.shape[1]))
+        embedded, *_, top = outputs.decoder_hidden_states
+        gates = self.copy_gate(torch.cat([context, top, embedded], dim=-1))
+        gates = select_positions(repeat_at_padding(gates, target_mask), logits_to_keep)
+        weights = select_positions(repeat_at_padding(weights.mean(1), target_mask), logits_to_keep)
+        return mixture_log_probabilities(logits, gates, weights, source_ids, num_ids)
+
+    def compute_transition_scores(self, sequences, scores, *args, **kwargs):
+        """As in transformers, which takes the number of scores for `vocab_size`."""
+        # All that it asks of a model.
+        width = SimpleNamespace(vocab_size=self.config.num_output_ids)
+        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: width))
+        return GenerationMixin.compute_transition_scores(model, sequences, scores, *args, **kwargs)
+
     @torch.no_grad()
-    def _mix_in_predictions(self, decoder_input_ids, decoder_attention_mask, encoder_outputs, attention_mask):
+    def _mix_in_predictions(
+        self, decoder_input_ids, decoder_attention_mask, encoder_outputs, attention_mask, input_ids
+    ):
         """
         The decoder's inputs with a share `scheduled_sampling` of what the model itself predicts after those before
         them. The first token is kept, and so is what stands at padding or behind it.
@@ -696,6 +760,7 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             if decoder_attention_mask is not None:
                 position_mask = decoder_attention_mask[:, position : position + 1]
             outputs = self.forward(
+                input_ids=input_ids,
                 attention_mask=attention_mask,
                 decoder_input_ids=mixed[:, position : position + 1],
                 decoder_attention_mask=position_mask,

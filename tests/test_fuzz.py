@@ -132,6 +132,9 @@ FIELDS = {
         "decoder_type": is_one_of(*DECODER_TYPES),
         "input_feeding": is_bool,
         "decoder_start_token_id": is_token,
+        "pointer_generator": is_bool,
+        "num_copy_ids": lambda value: is_int(value, 0, 2**20),
+        "unk_token_id": is_token,
         "scheduled_sampling": lambda value: is_number(value) and 0 <= value <= 1,
         "label_smoothing": is_dropout,
         "coverage_loss_weight": lambda value: is_finite(value) and value >= 0,
@@ -195,6 +198,9 @@ def problem_of(config_class, fields):
             return ["num_attention_heads"]
         if value_of["input_feeding"] and value_of["decoder_type"] != "luong":
             return ["input_feeding"]
+        unknown = value_of["unk_token_id"]
+        if value_of["pointer_generator"] if unknown is None else unknown >= value_of["vocab_size"]:
+            return ["unk_token_id"]
         if value_of["decoder_type"] == "gnmt" and value_of["decoder_layers"] < 2:
             return ["decoder_layers"]
     return []

@@ -656,6 +656,7 @@ INDEPENDENT = {
     "attention",
     "configuration_checks",
     "fast_paths",
+    "pointer_generator",
     "pooling",
     "recurrent_cache",
     "recurrent_cells",

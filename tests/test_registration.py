@@ -244,6 +244,9 @@ MISTAKES = {
         ("decoder_type", "transformer", "['bahdanau', 'gnmt', 'luong']"),
         ("input_feeding", "yes", "bool"),
         ("decoder_start_token_id", "go", "int"),
+        ("pointer_generator", 1, "bool"),
+        ("num_copy_ids", -1, "at least 0"),
+        ("unk_token_id", 32000, "below `vocab_size` (32000)"),
         ("label_smoothing", 1.0, "[0, 1)"),
         ("scheduled_sampling", 1.5, "[0, 1]"),
         ("coverage_loss_weight", -0.5, "at least 0"),
@@ -271,6 +274,8 @@ def test_fields_that_do_not_fit_together():
             RNNSeq2SeqConfig(decoder_type=kind, input_feeding=True)
     with pytest.raises(ValueError, match=r"`decoder_layers` must be at least 2.*gnmt.*got 1"):
         RNNSeq2SeqConfig(decoder_type="gnmt", decoder_layers=1)
+    with pytest.raises(ValueError, match=r"`unk_token_id` must be a token.*`pointer_generator` is True, got None"):
+        RNNSeq2SeqConfig(pointer_generator=True)
     with pytest.raises(ValueError, match=r"`num_attention_heads` must divide `hidden_size` \(6\), got 4"):
         RNNSeq2SeqConfig(hidden_size=6, num_attention_heads=4)
 

@@ -73,6 +73,8 @@ def make_graphs(model: PreTrainedModel) -> tuple[str, dict[str, Graph], list[Sta
     """
     if not isinstance(model, RNNPreTrainedModel | RNNSeq2SeqModel | RNNSeq2SeqForConditionalGeneration):
         raise ValueError(f"`model` must be one of the rnn or rnn_seq2seq family, got {type(model).__name__}.")
+    if getattr(model.config, "pointer_generator", False):
+        raise ValueError("`pointer_generator` must be False to export a model: its graphs know no words of the source.")
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
