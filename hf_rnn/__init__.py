@@ -18,6 +18,7 @@ from .attention import ATTENTION_SCORES
 from .configuration_rnn import RNNConfig
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .fast_paths import FAST_PATHS, loop_only, without_fast_paths
+from .generation import align, replace_unknowns
 from .model_card import create_model_card, save_model_card, set_card_details
 from .modeling_rnn import (
     RNNForCausalLM,
@@ -95,6 +96,7 @@ __all__ = [
     "PIPELINES",
     "RECURRENT_CELLS",
     "REGISTRATION",
+    "align",
     "create_model_card",
     "detach_state",
     "loop_only",
@@ -103,6 +105,7 @@ __all__ = [
     "plot_attention",
     "plot_gates",
     "plot_states",
+    "replace_unknowns",
     "save_model_card",
     "set_card_details",
     "without_fast_paths",

@@ -11,6 +11,16 @@ from torch import nn
 from transformers import initialization as init
 
 
+State = tuple[torch.Tensor, ...]
+
+# Above as many numbers under the tanh of an additive score they are computed again in the backward instead of kept: a
+# decoder that runs step by step would keep them for each step.
+MOST_TANH_KEPT = 2**18
+# As many are computed at a time, on a CPU such that they stay in its cache.
+TANH_AT_ONCE = {"cpu": 2**19}
+TANH_AT_ONCE_ELSEWHERE = 2**25
+
+
 class AttentionMemory(NamedTuple):
     """What is attended to: prepared once per source, handed to every step, kept by no module."""
 
@@ -23,6 +33,19 @@ class AttentionMemory(NamedTuple):
         """The shape (batch, source, value_size) of the features that it was made of."""
         batch, heads, source, size = self.values.shape
         return batch, source, heads * size
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """The place `[batch or 1, 1, 1, source]` of each token among the tokens of its row: 0, 1, 2, ..."""
+        if self.mask is None:
+            return torch.arange(self.keys.shape[2], device=self.keys.device).view(1, 1, 1, -1)
+        # Padding before the first token stands at its place.
+        return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def lengths(self) -> torch.Tensor | int:
+        """The number of tokens `[batch, 1, 1, 1]` of each row, or of all rows."""
+        return self.keys.shape[2] if self.mask is None else self.mask.sum(-1, keepdim=True)
 
 
 class CrossAttentions(nn.Identity):
@@ -51,11 +74,24 @@ class AttentionScore(nn.Module):
         num_heads (`int`): Number of heads, which divides `query_size` and `key_size`.
     """
 
+    # Whether the score reads the weights of the position before, by `weight_features`; positions then come one by one.
+    needs_previous_weights = False
+
     def __init__(self, query_size: int, key_size: int, num_heads: int = 1):
         super().__init__()
         self.query_size = query_size
         self.key_size = key_size
         self.num_heads = num_heads
+
+    @classmethod
+    def from_config(cls, config, query_size: int, key_size: int) -> "AttentionScore":
+        """The score with what the configuration says of it."""
+        return cls(query_size, key_size, config.num_attention_heads)
+
+    @property
+    def compared_size(self) -> int:
+        """Width of what [`~AttentionScore.project_keys`] returns."""
+        return self.query_size
 
     def init_weights(self, config) -> None:
         """Initialises parameters that belong to no submodule."""
@@ -68,9 +104,19 @@ class AttentionScore(nn.Module):
         """`[batch, source, key_size]` to the space of the comparison."""
         return keys
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """As [`~AttentionScore.compare`]; hooks on modules, such as those that bring offloaded weights, act here."""
-        return self.compare(queries, keys)
+    def weight_features(self, weights: torch.Tensor, memory: AttentionMemory) -> torch.Tensor:
+        """
+        What a score that `needs_previous_weights` adds to the projected keys: features `(batch, heads, source, size)`
+        of the weights `(batch, heads, source)` of the position before.
+        """
+        raise NotImplementedError
+
+    def forward(self, queries: torch.Tensor, memory: AttentionMemory) -> torch.Tensor:
+        """
+        As [`~AttentionScore.compare`] with the keys of the memory; hooks on modules, such as those that bring offloaded
+        weights, act here.
+        """
+        return self.compare(queries, memory.keys)
 
     def compare(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """
@@ -119,8 +165,128 @@ class GeneralScore(AttentionScore):
         super().__init__(query_size, key_size, num_heads)
         self.query = nn.Linear(query_size, key_size, bias=False)
 
+    @property
+    def compared_size(self):
+        return self.key_size
+
     def project_queries(self, queries):
         return self.query(queries)
+
+
+class LocalScore(GeneralScore):
+    r"""
+    Bilinear score in a window around a predicted position, local-p of
+    [Luong et al., 2015](https://huggingface.co/papers/1508.04025) (equations 9 and 10), for a source of S tokens at the
+    positions s = 0, 1, ..., S - 1 and a window of D tokens to each side:
+
+        p(q) = S sigmoid(v_p . tanh(W_p q))
+        score(q, k_s) = q W k_s - (s - p)^2 / (2 (D / 2)^2)    for |s - p| <= D, no weight elsewhere
+
+    The paper multiplies the softmax of q W k by the Gaussian; here the product is normalised again, so that the weights
+    sum to one as those of every score do. Every head predicts a position of its own, from its part of W_p and v_p.
+
+    Args:
+        query_size, key_size, num_heads: As in [`AttentionScore`].
+        window (`int`): D, the number of tokens to each side of the predicted position.
+    """
+
+    def __init__(self, query_size: int, key_size: int, num_heads: int = 1, window: int = 10):
+        super().__init__(query_size, key_size, num_heads)
+        self.window = window
+        self.position = nn.Linear(query_size, query_size, bias=False)
+        self.vector = nn.Parameter(torch.empty(query_size))
+
+    @classmethod
+    def from_config(cls, config, query_size, key_size):
+        return cls(query_size, key_size, config.num_attention_heads, config.attention_window)
+
+    def init_weights(self, config):
+        _init_vector(self.vector, self.num_heads)
+
+    def project_queries(self, queries):
+        parts = (self.query(queries), torch.tanh(self.position(queries)))
+        # The parts of a head lie side by side, where `split_heads` leaves them together.
+        return torch.cat([part.unflatten(-1, (self.num_heads, -1)) for part in parts], dim=-1).flatten(-2)
+
+    def forward(self, queries, memory):
+        sizes = [self.key_size // self.num_heads, self.query_size // self.num_heads]
+        queries, features = queries.split(sizes, dim=-1)
+        scores = self.compare(queries, memory.keys)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        predicted = features @ self.vector.to(features.dtype).view(1, self.num_heads, -1, 1)
+        center = memory.lengths * torch.sigmoid(predicted.to(wide))  # [batch, heads, target, 1]
+        distance = memory.positions - center
+        scores = scores.to(wide) - distance.square() * (2 / self.window**2)
+        return scores.masked_fill(distance.abs() > self.window, torch.finfo(wide).min)
+
+
+def additive_comparison(queries: torch.Tensor, keys: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        queries (`torch.Tensor` of shape `(batch, heads, target, size)`): The queries q.
+        keys (`torch.Tensor` of shape `(batch, heads, source, size)`): The keys k.
+        vector (`torch.Tensor` of shape `(heads, size)`): The vector v of each head.
+
+    Returns:
+        v . tanh(q + k) of shape `(batch, heads, target, source)`. A graph of a compiler is left to fuse it for itself.
+    """
+    vector = vector.to(queries.dtype)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _compare(queries, keys, vector)
+    per_query = keys.numel()
+    needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (queries, keys, vector))
+    most = TANH_AT_ONCE.get(keys.device.type, TANH_AT_ONCE_ELSEWHERE)
+    if queries.shape[2] * per_query <= (MOST_TANH_KEPT if needs_gradient else most):
+        return _compare(queries, keys, vector)
+    step = max(1, most // max(1, per_query))
+    return _AdditiveComparison.apply(queries, keys, vector, step)
+
+
+def _tanh(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(queries.unsqueeze(3) + keys.unsqueeze(2))  # [batch, heads, target, source, size]
+
+
+def _compare(queries: torch.Tensor, keys: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return (_tanh(queries, keys) @ vector[None, :, None, :, None]).squeeze(-1)
+
+
+class _AdditiveComparison(torch.autograd.Function):
+    """A few queries at a time, whose tanh is computed anew in the backward."""
+
+    @staticmethod
+    def forward(ctx, queries, keys, vector, step):
+        ctx.save_for_backward(queries, keys, vector)
+        ctx.step = step
+        # Written to where they belong: small tensors kept between large ones would keep these from being used again.
+        scores = queries.new_empty(*queries.shape[:3], keys.shape[2])
+        for part, part_scores in zip(queries.split(step, dim=2), scores.split(step, dim=2)):
+            part_scores.copy_(_compare(part, keys, vector))
+        return scores
+
+    @staticmethod
+    def backward(ctx, gradient):
+        queries, keys, vector = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Second derivatives are asked for, which need the graph of the first: all at once.
+            needed = [tensor for tensor, is_needed in zip(ctx.saved_tensors, ctx.needs_input_grad) if is_needed]
+            scores = _compare(queries, keys, vector)
+            found = iter(torch.autograd.grad(scores, needed, gradient, create_graph=True))
+            return *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[:3]), None
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        of_queries, of_keys, of_vector = torch.empty_like(queries), 0, 0
+        parts = (tensor.split(ctx.step, dim=2) for tensor in (queries, gradient, of_queries))
+        for part, part_gradient, of_part in zip(*parts):
+            tanh = _tanh(part, keys)
+            part_gradient = part_gradient.to(tanh.dtype).unsqueeze(-1)
+            weighed = (part_gradient.transpose(-1, -2) @ tanh).squeeze(-2)  # [batch, heads, target, size]
+            of_vector = of_vector + weighed.sum((0, 2), dtype=wide)
+            inner = part_gradient * (1 - tanh.square())
+            of_part.copy_(inner.sum(3))
+            of_keys = of_keys + inner.sum(2, dtype=wide)
+        # The factor v is the same for all of a head.
+        of_queries = of_queries * vector[None, :, None]
+        of_keys = (of_keys * vector[None, :, None]).to(keys.dtype)
+        return of_queries, of_keys, of_vector.to(vector.dtype), None
 
 
 class AdditiveScore(AttentionScore):
@@ -138,8 +304,7 @@ class AdditiveScore(AttentionScore):
         self.vector = nn.Parameter(torch.empty(query_size))
 
     def init_weights(self, config):
-        bound = (3 / (self.query_size // self.num_heads)) ** 0.5
-        init.uniform_(self.vector, -bound, bound)
+        _init_vector(self.vector, self.num_heads)
 
     def project_queries(self, queries):
         return self.query(queries)
@@ -147,18 +312,126 @@ class AdditiveScore(AttentionScore):
     def project_keys(self, keys):
         return self.key(keys)
 
+    def weighing_vector(self) -> torch.Tensor:
+        """The vector v `[heads, size / heads]`."""
+        return self.vector.view(self.num_heads, -1)
+
     def compare(self, queries, keys):
-        features = torch.tanh(queries.unsqueeze(3) + keys.unsqueeze(2))  # [batch, heads, target, source, size]
-        vector = self.vector.view(1, self.num_heads, 1, -1, 1)
-        return (features @ vector).squeeze(-1)
+        return additive_comparison(queries, keys, self.weighing_vector())
+
+
+class NormalizedAdditiveScore(AdditiveScore):
+    r"""
+    Additive score with weight normalisation ([Salimans and Kingma, 2016](https://huggingface.co/papers/1602.07868)) of
+    v, and a bias: score(q, k) = g v / ||v|| . tanh(W_q q + W_k k + b)
+
+    It is the score of the second version of GNMT in MLPerf and TensorFlow's NMT. Every head has a g of its own, which
+    starts as 1 / sqrt(size of the head).
+    """
+
+    def __init__(self, query_size: int, key_size: int, num_heads: int = 1):
+        super().__init__(query_size, key_size, num_heads)
+        self.query = nn.Linear(query_size, query_size)
+        self.gain = nn.Parameter(torch.empty(num_heads))
+
+    def init_weights(self, config):
+        super().init_weights(config)
+        init.constant_(self.gain, (self.query_size // self.num_heads) ** -0.5)
+
+    def weighing_vector(self):
+        vector = super().weighing_vector()
+        # In half precision the squares would leave its range.
+        wide = vector.to(torch.promote_types(vector.dtype, torch.float32))
+        return (self.gain.unsqueeze(-1) * wide / wide.norm(dim=-1, keepdim=True)).to(vector.dtype)
+
+
+class LocationScore(AdditiveScore):
+    r"""
+    Location-aware score ([Chorowski et al., 2015](https://huggingface.co/papers/1506.07503), equations 8 and 9), for
+    the weights alpha of the position before, zero before the first:
+
+        f = F * alpha    (a convolution along the source)
+        score(q, k_j) = v . tanh(W_q q + W_k k_j + U f_j + b)
+
+    The convolution passes over the tokens as if no padding lay between them. Every head has its own filters, which
+    read its own weights.
+
+    Args:
+        query_size, key_size, num_heads: As in [`AttentionScore`].
+        filters (`int`): Number of filters F of each head.
+        width (`int`): Width of a filter, an odd number.
+    """
+
+    needs_previous_weights = True
+
+    def __init__(self, query_size: int, key_size: int, num_heads: int = 1, filters: int = 32, width: int = 31):
+        super().__init__(query_size, key_size, num_heads)
+        self.query = nn.Linear(query_size, query_size)
+        convolve = {"groups": num_heads, "bias": False}
+        self.location = nn.Conv1d(num_heads, num_heads * filters, width, padding=width // 2, **convolve)
+        self.feature = nn.Conv1d(num_heads * filters, query_size, 1, **convolve)
+
+    @classmethod
+    def from_config(cls, config, query_size, key_size):
+        heads, filters, width = config.num_attention_heads, config.location_filters, config.location_width
+        return cls(query_size, key_size, heads, filters, width)
+
+    def weight_features(self, weights, memory):
+        weights = weights.to(memory.keys.dtype)
+        if memory.mask is None:
+            features = self.feature(self.location(weights))
+        else:
+            places = memory.positions.squeeze(1)  # [batch, 1, source]
+            # Padding has no weight to add to that of a token.
+            together = torch.zeros_like(weights).scatter_add(-1, places.expand_as(weights), weights)
+            features = self.feature(self.location(together))  # [batch, query_size, source]
+            features = features.gather(-1, places.expand_as(features))
+        return features.unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+
+
+def _init_vector(vector: torch.Tensor, num_heads: int) -> None:
+    """Such that the product of a head's part with numbers from a uniform distribution in [-1, 1] has variance 1/3."""
+    bound = (3 / (vector.numel() // num_heads)) ** 0.5
+    init.uniform_(vector, -bound, bound)
 
 
 ATTENTION_SCORES: dict[str, type[AttentionScore]] = {
     "dot": DotScore,
     "scaled_dot": ScaledDotScore,
     "general": GeneralScore,
+    "local": LocalScore,
     "additive": AdditiveScore,
+    "normalized_additive": NormalizedAdditiveScore,
+    "location": LocationScore,
 }
+
+
+class CoverageFeatures(nn.Module):
+    r"""
+    What coverage adds to a projected key: w c_j, for the coverage c_j of position j, the sum of the weights that it got
+    so far. Under the tanh of an additive score that is equation 11 of
+    [See et al., 2017](https://huggingface.co/papers/1704.04368), and the coverage of
+    [Tu et al., 2016](https://huggingface.co/papers/1601.04811) with one number per source position. A dot product then
+    reads q . (k_j + w c_j). Every head has its own coverage and its own w.
+
+    Args:
+        size (`int`): Width of the projected keys.
+        num_heads (`int`): Number of heads.
+    """
+
+    def __init__(self, size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def init_weights(self, config) -> None:
+        """As a linear map from one number."""
+        bound = (6 / (1 + self.weight.numel() // self.num_heads)) ** 0.5
+        init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, coverage: torch.Tensor) -> torch.Tensor:
+        """`[batch, heads, source]` to `[batch, heads, source, size / heads]`."""
+        return coverage.to(self.weight.dtype).unsqueeze(-1) * self.weight.view(1, self.num_heads, 1, -1)
 
 
 class _Keys(NamedTuple):
@@ -200,13 +473,59 @@ class Attention(nn.Module):
     Keys and values are the same features before the score projects the keys. A query with nothing but padding to
     attend to gets weights and a context of zero.
 
+    Where the score reads the weights of earlier positions, or their sum, they are the state of the attention, with the
+    last context, which padding shows again: tensors `[batch, heads, size]` in float32 or wider, which a position takes
+    and [`~Attention.next_state`] makes for the next. Then [`~Attention.walk`] goes through the positions one by one.
+
     Args:
         score (`AttentionScore`): The score.
+        coverage (`bool`): Whether the sum of the weights so far is added to the keys, see [`CoverageFeatures`].
     """
 
-    def __init__(self, score: AttentionScore):
+    def __init__(self, score: AttentionScore, coverage: bool = False):
         super().__init__()
         self.score = score
+        self.coverage = CoverageFeatures(score.compared_size, score.num_heads) if coverage else None
+
+    @property
+    def state_names(self) -> list[str]:
+        """
+        What the state consists of, if there is one: `"weights"` of the position before, `"coverage"`, which is the sum
+        of all before, and `"context"`.
+        """
+        names = ["weights"] * self.score.needs_previous_weights + ["coverage"] * (self.coverage is not None)
+        return [*names, "context"] if names else []
+
+    def state_sizes(self, memory: AttentionMemory) -> list[int]:
+        """The last dimension of each part of the state."""
+        return [memory.values.shape[3 if name == "context" else 2] for name in self.state_names]
+
+    def initial_state(self, memory: AttentionMemory) -> State:
+        """The state before the first position: zeros."""
+        dtype = torch.promote_types(memory.values.dtype, torch.float32)
+        sizes = self.state_sizes(memory)
+        return tuple(memory.values.new_zeros(*memory.values.shape[:2], size, dtype=dtype) for size in sizes)
+
+    def next_state(
+        self, state: State, weights: torch.Tensor, context: torch.Tensor, is_token: torch.Tensor | None = None
+    ) -> State:
+        """
+        Args:
+            state (`tuple` of `torch.Tensor` of shape `(batch, heads, size)`): The state that a position had.
+            weights (`torch.Tensor` of shape `(batch, heads, 1, source)`): Its weights.
+            context (`torch.Tensor` of shape `(batch, 1, key_size)`): Its context.
+            is_token (`torch.Tensor` of shape `(batch, 1)`, *optional*): False in rows where it is padding.
+
+        Returns:
+            The state for the next position.
+        """
+        context = split_heads(context, self.score.num_heads)
+        new_state = []
+        for name, old in zip(self.state_names, state):
+            new = (context if name == "context" else weights).squeeze(2).to(old.dtype)
+            new = old + new if name == "coverage" else new
+            new_state.append(new if is_token is None else torch.where(is_token.unsqueeze(-1), new, old))
+        return tuple(new_state)
 
     def prepare(self, features: torch.Tensor, mask: torch.Tensor | None, again: bool = False) -> AttentionMemory:
         """
@@ -228,17 +547,33 @@ class Attention(nn.Module):
         keys = split_heads(_keys_of(self.score, features) if again else self.score.project_keys(features), heads)
         return AttentionMemory(keys, split_heads(features, heads), None if mask is None else mask.bool()[:, None, None])
 
-    def forward(self, queries: torch.Tensor, memory: AttentionMemory) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keys(self, memory: AttentionMemory, state: State) -> torch.Tensor:
+        """The keys of the memory with what the state adds to them."""
+        keys = memory.keys
+        for name, values in zip(self.state_names, state):
+            if name == "weights":
+                keys = keys + self.score.weight_features(values, memory)
+            elif name == "coverage":
+                keys = keys + self.coverage(values).to(keys.dtype)
+        return keys
+
+    def forward(
+        self, queries: torch.Tensor, memory: AttentionMemory, state: State = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             queries (`torch.Tensor` of shape `(batch, target, query_size)`): The queries.
             memory (`AttentionMemory`): What [`~Attention.prepare`] returned.
+            state (`tuple` of `torch.Tensor` of shape `(batch, heads, size)`): What all these queries take for the state
+                of the attention; that before the first position where not given.
 
         Returns:
             The context `(batch, target, key_size)` and the weights `(batch, heads, target, source)`.
         """
         queries = split_heads(self.score.project_queries(queries), self.score.num_heads)
-        scores = self.score(queries, memory.keys)  # [batch, heads, target, source]
+        if self.state_names:
+            memory = memory._replace(keys=self._keys(memory, state or self.initial_state(memory)))
+        scores = self.score(queries, memory)  # [batch, heads, target, source]
         if memory.mask is not None:
             scores = scores.masked_fill(~memory.mask, torch.finfo(scores.dtype).min)
         weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -247,3 +582,36 @@ class Attention(nn.Module):
             weights = weights * memory.mask
         weights = weights.to(memory.values.dtype)
         return merge_heads(weights @ memory.values), weights
+
+    def walk(
+        self,
+        queries: torch.Tensor,
+        memory: AttentionMemory,
+        state: State = (),
+        target_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[State]]:
+        """
+        All positions of a target; at once where the attention has no state.
+
+        Args:
+            queries, memory: As above.
+            state (`tuple` of `torch.Tensor` of shape `(batch, heads, size)`): The state before the first of them.
+            target_mask (`torch.Tensor` of shape `(batch, target)`, *optional*): False at padding, which leaves the
+                state as it is.
+
+        Returns:
+            Context and weights as above, and the state after each position (none where there is no state).
+        """
+        length = queries.shape[1]
+        if not self.state_names or length == 0:
+            return *self(queries, memory), []
+        is_token = [None] * length if target_mask is None else target_mask.unsqueeze(-1).unbind(1)
+        state = state or self.initial_state(memory)
+        contexts, weights, states = [], [], []
+        for position in range(length):
+            context, weight = self(queries[:, position : position + 1], memory, state)
+            state = self.next_state(state, weight, context, is_token[position])
+            contexts.append(state[-1].flatten(1).to(context.dtype))
+            weights.append(weight)
+            states.append(state)
+        return torch.stack(contexts, dim=1), torch.cat(weights, dim=2), states

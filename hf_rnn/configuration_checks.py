@@ -50,11 +50,12 @@ class CheckedOnLoading:
 
 
 def check_at_least(config, minimum: int, *fields: str) -> None:
-    """Raises `ValueError` where one of the integer `fields` is below `minimum`."""
+    """Raises `ValueError` where one of the numbers in `fields` is below `minimum`."""
     for field in fields:
         value = getattr(config, field)
         if value < minimum:
-            raise ValueError(f"`{field}` must be an integer of at least {minimum}, got {value}.")
+            kind = "an integer" if isinstance(value, int) else "a number"
+            raise ValueError(f"`{field}` must be {kind} of at least {minimum}, got {value}.")
 
 
 def check_at_most(config, maximum: int, *fields: str) -> None:

@@ -1,6 +1,9 @@
 """The `rnn_seq2seq` family: a recurrent encoder, a recurrent decoder that attends to it, and the head on them."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -17,11 +20,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions
+from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions, merge_heads, split_heads
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .deferred_logits import vocabulary_logits
 from .generation_masks import GenerationMasks
 from .packed_linear import apply_linear, packed_linear
+from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
 from .recurrent_cache import (
     cache_of,
     cache_output,
@@ -42,6 +46,7 @@ from .recurrent_model import (
     vocabulary_projection,
 )
 from .recurrent_segments import Segments, find_loop_segments, read_steps, show_steps
+from .seq2seq_losses import coverage_loss, guided_alignment_loss, mean_over_labels, uniform_loss
 
 
 def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None, pad_token_id: int | None):
@@ -69,10 +74,28 @@ def _hold(is_token: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -
     return new if is_token is None else torch.where(is_token, new, old)
 
 
+@dataclass
+class CopyableEncoderOutput(BaseModelOutputWithPooling):
+    """
+    What the encoder of a pointer-generator returns.
+
+    Args:
+        source_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): The tokens that were read, which may be
+            copied; beside the fields of [`~transformers.modeling_outputs.BaseModelOutputWithPooling`].
+    """
+
+    source_ids: torch.LongTensor | None = None
+
+
 class RNNSeq2SeqPreTrainedModel(RecurrentPreTrainedModel):
     """Base class of the family."""
 
     config: RNNSeq2SeqConfig
+
+    def known_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """The tokens as they are embedded: words that only a pointer-generator knows are unknown ones."""
+        unknown = self.config.unk_token_id if self.config.pointer_generator else None
+        return without_extended_ids(input_ids, self.config.vocab_size, unknown)
 
 
 class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
@@ -118,16 +141,20 @@ class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
         Raises:
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, or a mask of a wrong shape.
         """
-        inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds)
+        inputs_embeds = embed_inputs(self.config, self.embed_tokens, self.known_ids(input_ids), inputs_embeds)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         final_states = []
         for layer in self.layers:
             hidden_states, state, _ = layer(hidden_states, None, padding)
             final_states.extend(state)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=self.output_dropout(hidden_states), pooler_output=torch.cat(final_states, dim=-1)
-        )
+        fields = {
+            "last_hidden_state": self.output_dropout(hidden_states),
+            "pooler_output": torch.cat(final_states, dim=-1),
+        }
+        if self.config.pointer_generator:
+            return CopyableEncoderOutput(**fields, source_ids=input_ids)
+        return BaseModelOutputWithPooling(**fields)
 
 
 class StateBridge(nn.Module):
@@ -195,7 +222,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
       a_t = s_t
 
     The attentional vector a_t is the output. `"luong"` without input feeding and `"gnmt"` run over a whole target at
-    once, the others step by step (and their layers take no part in gradient checkpointing).
+    once, the others step by step (and their layers take no part in gradient checkpointing). Where the score reads what
+    earlier positions attended to, the attention of the first two runs step by step between layers that do not.
 
     Args:
         config (`RNNSeq2SeqConfig`): The configuration.
@@ -224,8 +252,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         else:
             self.layers = make_layers(config, config.decoder_layers, input_size)
         self.bridge = StateBridge(config, len(self.layers[0].state_sizes))
-        score = ATTENTION_SCORES[config.attention_score]
-        self.attention = Attention(score(hidden_size, memory_size, config.num_attention_heads))
+        score = ATTENTION_SCORES[config.attention_score].from_config(config, hidden_size, memory_size)
+        self.attention = Attention(score, config.use_coverage)
         self.cross_attentions = CrossAttentions()
         combined_size = {
             "luong": memory_size + hidden_size,
@@ -284,7 +312,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 encoder returned of a wrong shape, or nothing to attend to or to start from.
         """
         past_key_values = given_cache(past_key_values, cache)
-        inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds, prefix="decoder_")
+        tokens = self.known_ids(input_ids)
+        inputs_embeds = embed_inputs(self.config, self.embed_tokens, tokens, inputs_embeds, prefix="decoder_")
         batch_size, seq_length = inputs_embeds.shape[:2]
         if encoder_hidden_states is None:
             raise ValueError("`encoder_hidden_states` must be given: there is nothing else to attend to.")
@@ -295,9 +324,9 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 f"{source_shape}."
             )
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
-        states = self._initial_states(past_key_values, encoder_final_states, batch_size)
-        recording = is_recording(target, 0)
         memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask, again=seq_length == 1)
+        states = self._initial_states(past_key_values, encoder_final_states, memory)
+        recording = is_recording(target, 0)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         run = self._run_steps if self.runs_step_by_step else self._run_layers
@@ -310,15 +339,22 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, **cache_output(target))
 
     def _initial_states(
-        self, past_key_values: Cache | None, final_states: torch.Tensor | None, batch_size: int
+        self, past_key_values: Cache | None, final_states: torch.Tensor | None, memory: AttentionMemory
     ) -> list[State]:
-        """The states of each layer; step by step, those of the first layer end with the last attentional vector."""
+        """
+        The states of each layer, then that of the attention if it has one. Step by step, those of the first layer end
+        with the last attentional vector.
+        """
+        batch_size = memory.keys.shape[0]
         states = []
         for layer_idx, layer in enumerate(self.layers):
             sizes = list(layer.state_sizes)
             if layer_idx == 0 and self.runs_step_by_step:
                 sizes.append(self.config.hidden_size)
             states.append(read_state(past_key_values, layer_idx, sizes, batch_size))
+        if self.attention.state_names:
+            sizes = self.attention.state_sizes(memory)
+            states.append(read_state(past_key_values, len(self.layers), sizes, batch_size))
         if states[0] is not None:
             return states
         if final_states is None:
@@ -333,6 +369,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         states = self.bridge(final_states)
         if self.runs_step_by_step:
             states[0] = (*states[0], torch.zeros_like(states[0][0]))
+        if self.attention.state_names:
+            states.append(self.attention.initial_state(memory))
         return states
 
     def _gather_around_steps(self) -> None:
@@ -356,6 +394,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
     ):
         """Layer by layer over all positions at once."""
         new_states, histories, context = [], [], None
+        of_attention = states[-1] if self.attention.state_names else ()
+        target_mask = None if padding is None else padding.mask
         for layer, state in zip(self.layers, states):
             if context is not None:
                 hidden_states = torch.cat([hidden_states, context], dim=-1)
@@ -363,11 +403,16 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             new_states.append(new_state)
             histories.append(history)
             if context is None and self.config.decoder_type == "gnmt":
-                context, weights = self.attention(hidden_states, memory)
+                context, weights, attended = self.attention.walk(hidden_states, memory, of_attention, target_mask)
         if self.config.decoder_type == "gnmt":
-            return self.output_dropout(hidden_states), weights, new_states, histories
-        context, weights = self.attention(hidden_states, memory)
-        return self._attentional_vectors(context, hidden_states), weights, new_states, histories
+            outputs = self.output_dropout(hidden_states)
+        else:
+            context, weights, attended = self.attention.walk(hidden_states, memory, of_attention, target_mask)
+            outputs = self._attentional_vectors(context, hidden_states)
+        if self.attention.state_names:
+            new_states.append(attended[-1] if attended else of_attention)
+            histories.append(_stack_steps(attended, of_attention) if recording else None)
+        return outputs, weights, new_states, histories
 
     def _run_steps(
         self,
@@ -388,7 +433,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         num_steps = embeddings.shape[1]
         linear = loop_linear(embeddings, num_steps)
         linears = [layer.loop_linear(embeddings, num_steps) for layer in self.layers]
-        if not needs_state and not recording and not any(layer.recurrent_dropout for layer in self.layers):
+        carries_more = self.attention.state_names or any(layer.recurrent_dropout for layer in self.layers)
+        if not (needs_state or recording or carries_more):
             segments = find_loop_segments(padding)
             if segments is not None:
                 return self._run_segments(embeddings, [*states, (vector,)], memory, segments, linears, linear)
@@ -419,7 +465,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             step[0] = (*step[0], step_vector)
         histories = [None] * len(states)
         if recording:
-            histories = [tuple(map(torch.stack, zip(*layer_steps))) for layer_steps in zip(*steps)]
+            histories = [_stack_steps(layer_steps) for layer_steps in zip(*steps)]
         return torch.stack(vectors, dim=1), torch.cat(weights, dim=2), steps[-1], histories
 
     def _step(
@@ -434,14 +480,18 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
     ) -> tuple[list[torch.Tensor], list[State], torch.Tensor, torch.Tensor]:
         """One position: the output of each layer, the new states, the context and the weights."""
         feeds, states, outputs = self.config.input_feeding, list(states), []
+        of_attention = states[-1] if self.attention.state_names else ()
         if not feeds:
-            context, weights = self.attention(states[-1][0].unsqueeze(1), memory)
+            top_state = states[len(self.layers) - 1]
+            context, weights = self.attention(top_state[0].unsqueeze(1), memory, of_attention)
         inputs = torch.cat([embedding, vector if feeds else context.squeeze(1)], dim=-1)
         for index, layer in enumerate(self.layers):
             inputs, states[index] = layer.step(inputs, states[index], is_token, linears[index], linear)
             outputs.append(inputs)
         if feeds:
-            context, weights = self.attention(inputs.unsqueeze(1), memory)
+            context, weights = self.attention(inputs.unsqueeze(1), memory, of_attention)
+        if of_attention:
+            states[-1] = self.attention.next_state(of_attention, weights, context, is_token)
         return outputs, states, context, weights
 
     def _run_segments(
@@ -497,8 +547,15 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         weights = memory.values.new_empty(batch_size, num_heads, 0, source)
         histories = [None] * len(states)
         if recording:
-            histories = [tuple(part.new_empty(0, *part.shape) for part in state) for state in states]
+            histories = [_stack_steps([], state) for state in states]
         return outputs, weights, states, histories
+
+
+def _stack_steps(steps: Sequence[State], initial: State = ()) -> State:
+    """The states after each step `[steps, batch, ...]`; `initial` has their shape where there is no step."""
+    if not steps:
+        return tuple(part.new_empty(0, *part.shape) for part in initial)
+    return tuple(map(torch.stack, zip(*steps)))
 
 
 class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
@@ -540,7 +597,20 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
         """
         if input_ids is None or inputs_embeds is not None or not self.shared._forward_hooks:
             return input_ids, inputs_embeds
-        return None, self.shared(input_ids)
+        return None, self.shared(self.known_ids(input_ids))
+
+    def encode(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """What [`RNNSeq2SeqEncoder`] returns for a source; hooks on the shared embeddings act on it."""
+        input_ids, inputs_embeds = self._embed(input_ids, inputs_embeds)
+        return self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
 
     @can_return_tuple
     def forward(
@@ -573,14 +643,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             `ValueError`: No target can be made, or what encoder and decoder refuse.
         """
         if encoder_outputs is None:
-            source_ids, inputs_embeds = self._embed(input_ids, inputs_embeds)
-            encoder_outputs = self.encoder(
-                input_ids=source_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                return_dict=True,
-                **kwargs,
-            )
+            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         elif not hasattr(encoder_outputs, "last_hidden_state"):
             last_hidden_state, final_states, hidden_states = (*encoder_outputs[:3], None, None)[:3]
             encoder_outputs = BaseModelOutputWithPooling(last_hidden_state, final_states, hidden_states)
@@ -628,6 +691,8 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         super().__init__(config)
         self.model = RNNSeq2SeqModel(config)
         self.projection, self.lm_head = vocabulary_projection(config, config.hidden_size)
+        gate_size = config.encoder_output_size + config.hidden_size + config.embedding_size
+        self.copy_gate = CopyGate(gate_size) if config.pointer_generator else None
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -649,6 +714,7 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        alignments: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         r"""
@@ -660,10 +726,13 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
                 and in training on a CPU nothing is computed behind the last label of a row.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 How many positions at the end, or which, to compute logits for; 0 for all.
+            alignments (`torch.Tensor` of shape `(batch, target, source)`, *optional*):
+                How much the words that are predicted belong to those of the source, zero or more, to train attention
+                with; see `guided_alignment_weight`.
 
         Returns:
-            `Seq2SeqLMOutput`: `loss` in nats per label, `logits` `(batch, target, vocab_size)`, and what
-            [`RNNSeq2SeqModel`] returns.
+            `Seq2SeqLMOutput`: `loss` in nats per label, while training with what the configuration adds to it; `logits`
+            `(batch, target, vocab_size)`, and what [`RNNSeq2SeqModel`] returns.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -671,6 +740,19 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             saves_steps = self.training and labels.device.type == "cpu" and not torch.compiler.is_compiling()
             if saves_steps and decoder_attention_mask is None:
                 decoder_attention_mask = positions_before_last_label(labels)
+        trains = self.training and labels is not None
+        if trains and decoder_input_ids is not None and self.config.scheduled_sampling > 0:
+            if encoder_outputs is None:
+                encoder_outputs = self.model.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
+            decoder_input_ids = self._mix_in_predictions(
+                decoder_input_ids, decoder_attention_mask, encoder_outputs, attention_mask, input_ids
+            )
+        returns_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if trains and (alignments is not None or self.config.coverage_loss_weight > 0):
+            kwargs["output_attentions"] = True
+        returns_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if self.copy_gate is not None:
+            kwargs |= {"output_attentions": True, "output_hidden_states": True}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -686,22 +768,103 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
             **kwargs,
         )
         hidden_states = self.projection(select_positions(outputs.last_hidden_state, logits_to_keep))
-        logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=self.training and labels is not None)
+        for_loss = trains and self.config.label_smoothing == 0 and self.copy_gate is None
+        logits = vocabulary_logits(self.lm_head, hidden_states, for_loss=for_loss)
+        if self.copy_gate is not None:
+            source_ids = getattr(encoder_outputs, "source_ids", None) if input_ids is None else input_ids
+            logits = self._mix_in_copies(logits, outputs, source_ids, decoder_attention_mask, logits_to_keep)
         loss = None
         if labels is not None:
             # The labels are aligned with the logits already.
             loss = self.loss_function(
-                logits=logits, labels=None, vocab_size=self.config.vocab_size, shift_labels=labels, **kwargs
+                logits=logits, labels=None, vocab_size=self.config.num_output_ids, shift_labels=labels, **kwargs
             )
+            if self.training:
+                number = kwargs.get("num_items_in_batch")
+                loss = self._add_losses(loss, logits, labels, outputs, decoder_attention_mask, alignments, number)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            cross_attentions=outputs.cross_attentions,
+            decoder_hidden_states=outputs.decoder_hidden_states if returns_states else None,
+            cross_attentions=outputs.cross_attentions if returns_attentions else None,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_hidden_states=outputs.encoder_hidden_states if returns_states else None,
             **cache_output(cache_of(outputs)),
         )
+
+    def _mix_in_copies(self, logits, outputs, source_ids, target_mask, logits_to_keep):
+        """The log-probabilities `(batch, target, vocab_size + num_copy_ids)` of generating or copying."""
+        if source_ids is None:
+            raise ValueError("Give `input_ids`, or `encoder_outputs` with `source_ids`: there is nothing else to copy.")
+        num_ids = self.config.num_output_ids
+        if not torch.compiler.is_compiling() and source_ids.device.type == "cpu" and source_ids.numel() > 0:
+            highest = int(source_ids.max())
+            if highest >= num_ids:
+                raise ValueError(
+                    f"`input_ids` must be below `vocab_size` + `num_copy_ids` ({num_ids}) of a pointer-generator, got "
+                    f"{highest}."
+                )
+        values = outputs.encoder_last_hidden_state
+        weights = outputs.cross_attentions[0]
+        context = merge_heads(weights @ split_heads(values, weights.shape[1]))
+        embedded, *_, top = outputs.decoder_hidden_states
+        gates = self.copy_gate(torch.cat([context, top, embedded], dim=-1))
+        gates = select_positions(repeat_at_padding(gates, target_mask), logits_to_keep)
+        weights = select_positions(repeat_at_padding(weights.mean(1), target_mask), logits_to_keep)
+        return mixture_log_probabilities(logits, gates, weights, source_ids, num_ids)
+
+    def compute_transition_scores(self, sequences, scores, *args, **kwargs):
+        """As in transformers, which takes the number of scores for `vocab_size`."""
+        # All that it asks of a model.
+        width = SimpleNamespace(vocab_size=self.config.num_output_ids)
+        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: width))
+        return GenerationMixin.compute_transition_scores(model, sequences, scores, *args, **kwargs)
+
+    @torch.no_grad()
+    def _mix_in_predictions(
+        self, decoder_input_ids, decoder_attention_mask, encoder_outputs, attention_mask, input_ids
+    ):
+        """
+        The decoder's inputs with a share `scheduled_sampling` of what the model itself predicts after those before
+        them. The first token is kept, and so is what stands at padding or behind it.
+        """
+        mixed = decoder_input_ids.clone()
+        is_own = torch.rand(mixed.shape, device=mixed.device) < self.config.scheduled_sampling
+        if decoder_attention_mask is not None:
+            mask = decoder_attention_mask.bool()
+            is_own[:, 1:] &= mask[:, 1:] & mask[:, :-1]
+        cache, position_mask = None, None
+        for position in range(mixed.shape[1] - 1):
+            if decoder_attention_mask is not None:
+                position_mask = decoder_attention_mask[:, position : position + 1]
+            outputs = self.forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                decoder_input_ids=mixed[:, position : position + 1],
+                decoder_attention_mask=position_mask,
+                encoder_outputs=encoder_outputs,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+            )
+            cache = cache_of(outputs)
+            predicted = outputs.logits[:, -1].argmax(-1)
+            mixed[:, position + 1] = torch.where(is_own[:, position + 1], predicted, mixed[:, position + 1])
+        return mixed
+
+    def _add_losses(self, loss, logits, labels, outputs, target_mask, alignments, num_items_in_batch):
+        """The loss with what the configuration adds to it while training."""
+        config = self.config
+        if config.label_smoothing > 0:
+            uniform = mean_over_labels(uniform_loss(logits, config.vocab_size), labels, num_items_in_batch)
+            loss = (1 - config.label_smoothing) * loss + config.label_smoothing * uniform
+        if config.coverage_loss_weight > 0:
+            repeated = coverage_loss(outputs.cross_attentions[0], target_mask)
+            loss = loss + config.coverage_loss_weight * mean_over_labels(repeated, labels, num_items_in_batch)
+        if alignments is not None:
+            astray = guided_alignment_loss(outputs.cross_attentions[0], alignments)
+            loss = loss + config.guided_alignment_weight * mean_over_labels(astray, labels, num_items_in_batch)
+        return loss
 
 
 __all__ = [

@@ -2,7 +2,8 @@
 
 `DynamicCache(config=...)`, `StaticCache(config=...)` and `generate` build these layers from `config.layer_types`. What
 a layer holds has the same size however long the text: the first state (the hidden state) in `keys` `[batch, size]`, all
-further states side by side in `values` `[batch, size of the rest]`.
+further states side by side in `values` `[batch, size of the rest]`. The state of an attention, whose size is that of
+the source, has a layer of its own, likewise but `[batch, heads, size]`.
 """
 
 import warnings
@@ -255,9 +256,13 @@ def _decoder_cache(past_key_values: Cache) -> Cache:
 
 def _state_layer(past_key_values: Cache, layer_idx: int) -> RecurrentStateLayer:
     past_key_values = _decoder_cache(past_key_values)
-    # `DynamicCache()` without a config adds its layers as they are asked for, and would add the wrong ones.
+    # `DynamicCache()` without a config adds its layers as they are asked for, and would add the wrong ones; with one it
+    # makes none for an attention that has a state, which is to be like the others.
     while len(past_key_values.layers) <= layer_idx:
-        past_key_values.layers.append(RecurrentStateLayer())
+        first = next(iter(past_key_values.layers), None)
+        is_like_others = getattr(first, "holds_recurrent_state", False)
+        past_key_values.layers.append(type(first)() if is_like_others else RecurrentStateLayer())
+        past_key_values.layers[-1].record_past = is_like_others and first.record_past
     layer = past_key_values.layers[layer_idx]
     if not getattr(layer, "holds_recurrent_state", False):
         raise TypeError(
@@ -295,7 +300,7 @@ def cache_to_fill(config, past_key_values: Cache | None, use_cache: bool | None,
         `ValueError`: It holds the states of a model with another number of layers.
     """
     if past_key_values is not None:
-        _check_layers(past_key_values, len(config.layer_types))
+        _check_layers(past_key_values, len(config.layer_types) + getattr(config, "attention_has_state", False))
     if use_cache is None:
         use_cache = past_key_values is not None or (config.use_cache and not training)
     if not use_cache or past_key_values is not None:
@@ -333,9 +338,9 @@ def read_state(
     layer = _state_layer(past_key_values, layer_idx)
     if not layer.has_state:
         return None
-    found = (layer.keys.shape[0], layer.keys.shape[1] + layer.values.shape[1])
+    found = (layer.keys.shape[0], layer.keys.shape[-1] + layer.values.shape[-1])
     wanted = (found[0] if batch_size is None else batch_size, sum(sizes))
-    if found != wanted or layer.keys.shape[1] != sizes[0]:
+    if found != wanted or layer.keys.shape[-1] != sizes[0]:
         raise ValueError(
             f"`past_key_values` must hold states of {wanted[0]} rows and {wanted[1]} features in layer {layer_idx}, "
             f"got {found[0]} rows and {found[1]} features."

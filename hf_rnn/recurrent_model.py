@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
-from .attention import AttentionScore
+from .attention import AttentionScore, CoverageFeatures
 from .checkpoint_files import CheckpointFiles
 from .packed_linear import forget_copies
 from .recurrent_cells import RecurrentCell
@@ -57,9 +57,9 @@ class RecurrentPreTrainedModel(CheckpointFiles, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, RecurrentCell | AttentionScore):
+        if isinstance(module, RecurrentCell | AttentionScore | CoverageFeatures):
             module.init_weights(self.config)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | nn.Conv1d):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)

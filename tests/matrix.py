@@ -25,6 +25,16 @@ DECODERS = [
     {"decoder_type": "gnmt"},
 ]
 
+# Windows and filters that are smaller than the sources of tests.
+SMALL_SCORES = {"local": {"attention_window": 2}, "location": {"location_filters": 3, "location_width": 5}}
+# What the coverage is added to, one for each of the decoders.
+COVERED = [
+    {"attention_score": "additive"},
+    {"attention_score": "location", "num_attention_heads": 2} | SMALL_SCORES["location"],
+    {"attention_score": "general", "num_attention_heads": 2},
+    {"attention_score": "local"} | SMALL_SCORES["local"],
+]
+
 
 def make_config(name: str, **options):
     """A tiny configuration for the class `name`, with sizes that differ wherever they may."""
@@ -62,9 +72,17 @@ def options_of(name: str) -> list[dict]:
             for cell, bidirectional, residual in itertools.product(RECURRENT_CELLS, directions, [False, True])
         ]
     options = [decoder | {"cell_type": cell} for decoder in DECODERS for cell in RECURRENT_CELLS]
-    options += [decoder | {"attention_score": score} for decoder in DECODERS for score in ATTENTION_SCORES]
+    # The cases above have the default score; a scaled dot product differs from one by a factor.
+    scores = [score for score in ATTENTION_SCORES if score not in ("general", "scaled_dot")]
+    options += [
+        decoder | SMALL_SCORES.get(score, {}) | {"attention_score": score} for decoder in DECODERS for score in scores
+    ]
     options += [decoder | {"num_attention_heads": 2, "residual": True} for decoder in DECODERS]
-    options += [decoder | {"encoder_bidirectional": False, "attention_score": "dot"} for decoder in DECODERS]
+    options += [
+        decoder | {"encoder_bidirectional": False, "attention_score": score}
+        for decoder, score in zip(DECODERS, ["dot", "scaled_dot", "scaled_dot", "dot"])
+    ]
+    options += [decoder | {"use_coverage": True} | more for decoder, more in zip(DECODERS, COVERED)]
     options += [{"encoder_layers": 1, "decoder_layers": 3}, {"encoder_layers": 3, "decoder_layers": 1}]
     return options
 

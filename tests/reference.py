@@ -168,7 +168,8 @@ def project_to_vocabulary(weights: Weights, hidden: np.ndarray) -> np.ndarray:
     return linear(weights, "lm_head", hidden)
 
 
-# Scores: (weights, query [query_size], keys [source, key_size], heads) -> [heads, source]
+# Scores: (weights, query [query_size], keys [source, key_size], heads, added) -> [heads, source]. `added` are features
+# [source, heads, size] of the weights of earlier positions, which go to the projected keys; 0 where there are none.
 
 
 def score(name: str):
@@ -185,30 +186,88 @@ def heads_of(features: np.ndarray, heads: int) -> np.ndarray:
 
 
 @score("dot")
-def dot_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int) -> np.ndarray:
+def dot_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int, added=0) -> np.ndarray:
     """Luong et al. (2015): q . k, the keys brought to the width of the query where it is another."""
     if keys.shape[-1] != query.shape[-1]:
         keys = linear(weights, "key", keys)
-    return np.stack([(heads_of(query, heads) * key).sum(-1) for key in heads_of(keys, heads)], axis=-1)
+    return np.stack([(heads_of(query, heads) * key).sum(-1) for key in heads_of(keys, heads) + added], axis=-1)
 
 
 @score("scaled_dot")
-def scaled_dot_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int) -> np.ndarray:
+def scaled_dot_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int, added=0) -> np.ndarray:
     """Vaswani et al. (2017): q . k / sqrt(d)."""
-    return dot_score(weights, query, keys, heads) / np.sqrt(query.shape[-1] / heads)
+    return dot_score(weights, query, keys, heads, added) / np.sqrt(query.shape[-1] / heads)
 
 
 @score("general")
-def general_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int) -> np.ndarray:
+def general_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int, added=0) -> np.ndarray:
     """Luong et al. (2015): q W k."""
-    return dot_score({}, weights["query.weight"] @ query, keys, heads)
+    return dot_score({}, weights["query.weight"] @ query, keys, heads, added)
+
+
+@score("local")
+def local_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int, added=0) -> np.ndarray:
+    """Luong et al. (2015), local-p: a Gaussian around S sigmoid(v . tanh(W q)) in a window of `window`."""
+    scores = general_score(weights, query, keys, heads, added)
+    predicted = heads_of(weights["vector"] * np.tanh(weights["position.weight"] @ query), heads).sum(-1)
+    distance = np.arange(len(keys)) - len(keys) * sigmoid(predicted)[:, None]
+    window = weights.get("window", 10)
+    sigma = window / 2
+    return np.where(abs(distance) <= window, scores - distance**2 / (2 * sigma**2), np.finfo(float).min)
+
+
+def additive(vector: np.ndarray, query: np.ndarray, keys: np.ndarray, heads: int, added) -> np.ndarray:
+    """v . tanh(q + k) for each head."""
+    features = np.tanh(heads_of(query + keys, heads) + added)
+    return (heads_of(vector, heads) * features).sum(-1).T
 
 
 @score("additive")
-def additive_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int) -> np.ndarray:
+def additive_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int, added=0) -> np.ndarray:
     """Bahdanau et al. (2015): v . tanh(W_q q + W_k k)."""
-    compared = [np.tanh(weights["query.weight"] @ query + weights["key.weight"] @ key) for key in keys]
-    return np.stack([heads_of(weights["vector"] * features, heads).sum(-1) for features in compared], axis=-1)
+    keys = linear(weights, "key", keys)
+    return additive(weights["vector"], linear(weights, "query", query), keys, heads, added)
+
+
+@score("normalized_additive")
+def normalized_additive_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int, added=0) -> np.ndarray:
+    """The same with g v / ||v|| for v (Salimans and Kingma, 2016), and a bias."""
+    vector = heads_of(weights["vector"], heads)
+    vector = weights["gain"][:, None] * vector / np.sqrt((vector**2).sum(-1, keepdims=True))
+    return additive_score(weights | {"vector": vector.flatten()}, query, keys, heads, added)
+
+
+@score("location")
+def location_score(weights: Weights, query: np.ndarray, keys: np.ndarray, heads: int, added=0) -> np.ndarray:
+    """Chorowski et al. (2015): v . tanh(W_q q + W_k k + U f + b); `added` holds U f."""
+    return additive_score(weights, query, keys, heads, added)
+
+
+def location_features(weights: Weights, alphas: np.ndarray) -> np.ndarray:
+    """U f `[source, heads, size]` of weights `[heads, source]`: every filter of a head at every position."""
+    heads, source = alphas.shape
+    filters = heads_of(weights["location.weight"].swapaxes(0, -1), heads)[:, 0]  # [width, heads, filters]
+    half = len(filters) // 2
+    features = np.zeros((source, *filters.shape[1:]))
+    for position in range(source):
+        for offset in range(-half, half + 1):
+            if 0 <= position + offset < source:
+                features[position] += alphas[:, position + offset, None] * filters[offset + half]
+    to_keys = weights["feature.weight"][..., 0].reshape(heads, -1, filters.shape[-1])
+    return np.stack([features[:, head] @ to_keys[head].T for head in range(heads)], axis=1)
+
+
+def added_to_keys(attention_score: str, weights: Weights, alphas: list[np.ndarray], heads: int):
+    """
+    What the attention adds to its projected keys after positions with the weights `alphas`, each `[heads, source]`: the
+    features of the last ones where the score is "location", and w times their sum where there is a w.
+    """
+    added = 0
+    if attention_score == "location" and alphas:
+        added = added + location_features(part(weights, "score"), alphas[-1])
+    if "coverage.weight" in weights and alphas:
+        added = added + sum(alphas).T[..., None] * heads_of(weights["coverage.weight"], heads)
+    return added
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -217,13 +276,24 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def attend(
-    attention_score: str, weights: Weights, query: np.ndarray, values: np.ndarray, mask: np.ndarray, heads: int = 1
+    attention_score: str,
+    weights: Weights,
+    query: np.ndarray,
+    values: np.ndarray,
+    mask: np.ndarray,
+    heads: int = 1,
+    before: list[np.ndarray] = (),
 ):
-    """The context `[value_size]` and the weights `[heads, source]` of one query; zero where there is no token."""
+    """
+    The context `[value_size]` and the weights `[heads, source]` of one query; zero where there is no token. `before`
+    are the weights of the positions before it.
+    """
     alphas = np.zeros((heads, len(values)))
     mask = mask.astype(bool)
     if mask.any():
-        alphas[:, mask] = softmax(SCORES[attention_score](weights, query, values[mask], heads))
+        added = added_to_keys(attention_score, weights, [alpha[:, mask] for alpha in before], heads)
+        scores = SCORES[attention_score](part(weights, "score"), query, values[mask], heads, added)
+        alphas[:, mask] = softmax(scores)
     context = [alpha @ value for alpha, value in zip(alphas, heads_of(values, heads).swapaxes(0, 1))]
     return np.concatenate(context), alphas
 
@@ -265,7 +335,8 @@ def decode(config, weights: Weights, embeddings: np.ndarray, values: np.ndarray,
 
     def attend_to(query):
         heads = config.num_attention_heads
-        return attend(config.attention_score, part(weights, "attention.score"), query, values, mask, heads)
+        of_attention = part(weights, "attention") | {"score.window": config.attention_window}
+        return attend(config.attention_score, of_attention, query, values, mask, heads, alphas)
 
     fed = np.zeros(config.hidden_size)
     vectors, alphas = [], []

@@ -33,6 +33,12 @@ ROWS, SIZE, REST = 3, 4, 5
 CASES = [(name, options) for name in GENERATIVE for options in ({"cell_type": cell} for cell in RECURRENT_CELLS)]
 CASES += [(name, options) for name in GENERATIVE if MODEL_CLASSES[name][0] is not RNNConfig for options in DECODERS[1:]]
 CASES += [(name, options | {"cell_type": "gru"}) for name, options in CASES if options in DECODERS[1:]]
+# The attention with a state of its own.
+ATTENDING = [
+    {"decoder_type": "gnmt", "attention_score": "location", "num_attention_heads": 2, "use_coverage": True},
+    {"input_feeding": True, "attention_score": "location", "cell_type": "gru"},
+]
+CASES += [(name, options) for name in GENERATIVE if MODEL_CLASSES[name][0] is not RNNConfig for options in ATTENDING]
 over_cases = pytest.mark.parametrize(("name", "options"), CASES, ids=case_id)
 
 
@@ -107,14 +113,22 @@ def test_transformers_builds_the_layers(name):
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @over_cases
 def test_fixed_size(name, options, static):
-    """However long the text: one hidden state in keys, all other states in values."""
+    """However long the text: one hidden state in keys, all other states in values; then what the attention keeps."""
     model = make_model(name, **options)
     config, rows = model.config, 2
     num_states = len(RECURRENT_CELLS[config.cell_type].state_names)
     cache = make_cache(model, static)
     for length in (1, 3, 60):
         read(model, make_tokens(rows, length), cache)
-        for index, layer in enumerate(recurrent_layers(cache)):
+        layers = recurrent_layers(cache)
+        if getattr(config, "attention_has_state", False):
+            attended, layers = layers[-1], layers[:-1]
+            heads = config.num_attention_heads
+            assert attended.keys.shape == (rows, heads, 7)
+            others = 7 * config.use_coverage + config.encoder_output_size // heads
+            assert attended.values.shape == (rows, heads, others)
+        assert len(layers) == getattr(config, "decoder_layers", config.num_hidden_layers)
+        for index, layer in enumerate(layers):
             steps = getattr(config, "input_feeding", False) or getattr(config, "decoder_type", None) == "bahdanau"
             fed = index == 0 and steps  # the attentional vector of the step before
             assert layer.keys.shape == (rows, config.hidden_size)

@@ -129,6 +129,36 @@ def test_compiled_training(cell_type):
         )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_score": "location", "use_coverage": True, "num_attention_heads": 2},
+        pytest.param({"attention_score": "local", "attention_window": 2}, marks=pytest.mark.slow),
+        pytest.param({"attention_score": "normalized_additive", "decoder_type": "gnmt"}, marks=pytest.mark.slow),
+        pytest.param({"use_coverage": True, "decoder_type": "bahdanau"}, marks=pytest.mark.slow),
+    ],
+    ids=["location", "local", "normalized_additive", "coverage"],
+)
+def test_graphs_of_scores(options):
+    """
+    Every score goes into a graph for any number of rows and any source, with gradients. One that reads the weights of
+    earlier positions is written out for the length of the target.
+    """
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_model("RNNSeq2SeqForConditionalGeneration", **options).train()
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for batch, source in [(6, 7), (5, 8), (4, 12), (2, 16)]:
+        inputs = make_inputs("RNNSeq2SeqForConditionalGeneration", batch, 6)
+        inputs["input_ids"] = make_tokens(batch, source)
+        compare(model, compiled, inputs | {"attention_mask": random_mask(batch, source)})
+    assert len(graphs) <= 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["RNNForTokenClassification", "RNNSeq2SeqForConditionalGeneration"])
 def test_compiled_training_of_other_classes(name):

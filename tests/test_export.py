@@ -100,10 +100,19 @@ def test_graph_computes_what_the_model_does(name):
             torch.testing.assert_close(result, expected[output])
 
 
-@pytest.mark.parametrize("decoder", [{"input_feeding": True}, {"decoder_type": "gnmt", "num_attention_heads": 2}])
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"input_feeding": True, "attention_score": "additive"},
+        {"decoder_type": "gnmt", "attention_score": "location", "num_attention_heads": 2, "use_coverage": True},
+        {"attention_score": "local", "attention_window": 2},
+        {"decoder_type": "bahdanau", "attention_score": "normalized_additive", "use_coverage": True},
+    ],
+    ids=lambda options: options["attention_score"],
+)
 @pytest.mark.parametrize("name", ["RNNSeq2SeqForConditionalGeneration", "RNNSeq2SeqModel"])
 def test_decoder_graph_computes_what_the_model_does(name, decoder):
-    model = make_model(name, dtype=torch.float32, attention_score="additive", **decoder)
+    model = make_model(name, dtype=torch.float32, **decoder)
     _, graphs, states = make_graphs(model)
     inputs = make_inputs(name, 6, 7, with_labels=False)
     mask = make_mask(7)
@@ -586,6 +595,9 @@ def test_other_cells_generate_in_onnx(cell_type, tmp_path):
         {"decoder_type": "luong", "attention_score": "dot", "encoder_bidirectional": False},
         {"input_feeding": True, "num_attention_heads": 2, "attention_score": "scaled_dot", "cell_type": "gru"},
         {"decoder_type": "gnmt", "attention_score": "additive", "encoder_layers": 1, "decoder_layers": 3},
+        {"attention_score": "location", "num_attention_heads": 2, "use_coverage": True},
+        {"decoder_type": "gnmt", "attention_score": "local", "attention_window": 2},
+        {"decoder_type": "bahdanau", "attention_score": "normalized_additive"},
     ],
 )
 def test_other_decoders_translate_in_onnx(options, tmp_path):

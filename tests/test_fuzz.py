@@ -63,6 +63,10 @@ def is_token(value):
     return value is None or is_int(value, 0)
 
 
+def is_width(value):
+    return is_int(value, 1, 2**20)
+
+
 def is_dropout(value):
     return is_number(value) and 0 <= value < 1
 
@@ -121,9 +125,20 @@ FIELDS = {
         "encoder_bidirectional": is_bool,
         "attention_score": is_one_of(*ATTENTION_SCORES),
         "num_attention_heads": is_int,
+        "attention_window": is_width,
+        "location_filters": is_width,
+        "location_width": lambda value: is_width(value) and value % 2 == 1,
+        "use_coverage": is_bool,
         "decoder_type": is_one_of(*DECODER_TYPES),
         "input_feeding": is_bool,
         "decoder_start_token_id": is_token,
+        "pointer_generator": is_bool,
+        "num_copy_ids": lambda value: is_int(value, 0, 2**20),
+        "unk_token_id": is_token,
+        "scheduled_sampling": lambda value: is_number(value) and 0 <= value <= 1,
+        "label_smoothing": is_dropout,
+        "coverage_loss_weight": lambda value: is_finite(value) and value >= 0,
+        "guided_alignment_weight": lambda value: is_finite(value) and value >= 0,
     },
 }
 NAMES = [*RECURRENT_CELLS, *ATTENTION_SCORES, *POOLING_TYPES, *DECODER_TYPES, "float16", "regression"]
@@ -183,6 +198,9 @@ def problem_of(config_class, fields):
             return ["num_attention_heads"]
         if value_of["input_feeding"] and value_of["decoder_type"] != "luong":
             return ["input_feeding"]
+        unknown = value_of["unk_token_id"]
+        if value_of["pointer_generator"] if unknown is None else unknown >= value_of["vocab_size"]:
+            return ["unk_token_id"]
         if value_of["decoder_type"] == "gnmt" and value_of["decoder_layers"] < 2:
             return ["decoder_layers"]
     return []
@@ -248,6 +266,10 @@ def models(draw, names):
             "num_attention_heads": heads,
             "decoder_type": "luong" if kind == "fed" else kind,
             "input_feeding": kind == "fed",
+            "attention_window": draw(st.integers(1, 4)),
+            "location_filters": draw(st.integers(1, 3)),
+            "location_width": draw(st.sampled_from([1, 3, 5])),
+            "use_coverage": draw(st.booleans()),
         }
     else:
         options |= {

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_rnn
 from hf_rnn import REGISTRATION, RNNSeq2SeqConfig
-from hf_rnn.attention import AttentionScore
+from hf_rnn.attention import AttentionScore, CoverageFeatures
 from hf_rnn.recurrent_cells import RecurrentCell
 from matrix import GENERATIVE, MODEL_CLASSES, VOCAB_SIZE, make_config, make_inputs, make_mask, make_model, options_of
 
@@ -117,6 +117,13 @@ def assert_starts_as_configured(model, name, tolerance=1e-5):
         bound = math.sqrt(6 / (module.in_features + module.out_features))
     elif isinstance(module, nn.Linear):
         assert (weight == 0).all(), name
+    elif isinstance(module, nn.Conv1d):
+        (width,) = module.kernel_size
+        bound = math.sqrt(6 / (width * (module.in_channels // module.groups + module.out_channels)))
+    elif isinstance(module, CoverageFeatures):
+        bound = math.sqrt(6 / (1 + len(weight) // module.num_heads))
+    elif isinstance(module, AttentionScore) and attribute == "gain":
+        torch.testing.assert_close(weight, torch.full_like(weight, (module.query_size // module.num_heads) ** -0.5))
     elif isinstance(module, AttentionScore):
         bound = math.sqrt(3 / (module.query_size // module.num_heads))
     else:
@@ -651,10 +658,12 @@ INDEPENDENT = {
     "configuration_checks",
     "fast_paths",
     "generation_masks",
+    "pointer_generator",
     "pooling",
     "recurrent_cache",
     "recurrent_cells",
     "recurrent_padding",
+    "seq2seq_losses",
     "vocabulary_loss",
 }
 

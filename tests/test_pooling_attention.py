@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS
-from hf_rnn.attention import Attention
+from hf_rnn.attention import TANH_AT_ONCE, Attention, LocalScore
 from hf_rnn.configuration_rnn import POOLING_TYPES
 from hf_rnn.pooling import SequencePooling
 from hf_rnn.recurrent_layer import Padding, RecurrentLayer
@@ -98,8 +98,8 @@ def test_padding_does_not_enter_a_pool(pooling, dtype):
 # Attention.
 
 
-def make_attention(name: str, sizes: tuple, dtype: torch.dtype = torch.float64) -> Attention:
-    return randomize(Attention(ATTENTION_SCORES[name](*sizes))).to(dtype)
+def make_attention(name: str, sizes: tuple, dtype: torch.dtype = torch.float64, coverage: bool = False) -> Attention:
+    return randomize(Attention(ATTENTION_SCORES[name](*sizes), coverage)).to(dtype)
 
 
 @pytest.mark.parametrize("name", ATTENTION_SCORES)
@@ -112,7 +112,7 @@ def test_scores_are_the_equations(name, sizes):
     memory = attention.prepare(keys, None)
     projected = attention.score.project_queries(queries)
     projected = projected.view(3, 4, heads, -1).transpose(1, 2)
-    actual = attention.score.compare(projected, memory.keys).detach().numpy()
+    actual = attention.score(projected, memory).detach().numpy()
     assert actual.shape == (3, heads, 4, SEQ)
     weights = part(to_numpy(attention), "score")
     for row in range(3):
@@ -140,7 +140,7 @@ def test_attention_is_the_equations(name, dtype):
             assert context.dtype == alphas.dtype == dtype
             assert context.shape == (6, 4, key_size)
             assert alphas.shape == (6, heads, 4, SEQ)
-            weights = part(to_numpy(attention), "score")
+            weights = to_numpy(attention)
             array_mask = np.ones((6, SEQ)) if mask is None else mask.numpy()
             for row in range(6):
                 for position in range(4):
@@ -212,6 +212,106 @@ def test_heads_are_separate(name):
     other, _ = attention(queries, changed)
     different = (context != other).any(0).any(0)
     assert different.tolist() == [False, False, True, True, False, False]
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@pytest.mark.parametrize("name", ATTENTION_SCORES)
+@pytest.mark.parametrize("coverage", [False, True], ids=["plain", "coverage"])
+@HALF
+def test_long_sources_in_half_precision(name, coverage, dtype):
+    """2,000 positions, and a coverage of 2,000 targets: finite, near float64, gradients too, nothing for empty rows."""
+    length = 2000
+    attention = make_attention(name, (8, 16, 2), coverage=coverage)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.mul_(0.3)
+    mask = torch.ones(3, length, dtype=torch.long)
+    mask[1, 1500:] = 0
+    mask[2] = 0
+    results = []
+    for precision in (torch.float64, dtype):
+        attention = attention.to(dtype).to(precision)
+        queries, values = random(3, 2, 8, dtype=dtype), random(3, length, 16, seed=1, dtype=dtype)
+        leaves = [tensor.to(precision).requires_grad_() for tensor in (queries, values)]
+        memory = attention.prepare(leaves[1], mask)
+        state = tuple(torch.ones_like(part) for part in attention.initial_state(memory))
+        context, alphas = attention(leaves[0], memory, state)
+        gradients = torch.autograd.grad(context.sum(), [*leaves, *attention.parameters()])
+        assert all(torch.isfinite(result).all() for result in (context, alphas, *gradients))
+        assert (alphas[2] == 0).all()
+        assert (alphas[1, :, :, 1500:] == 0).all()
+        results.append(alphas)
+    # Weights are around 1 / 2,000; those of the local score are in few places.
+    scale = results[0].amax(-1, keepdim=True).clamp_min(1e-9)
+    assert ((results[1].double() - results[0]).abs() / scale).max() < {torch.bfloat16: 0.2, torch.float16: 0.03}[dtype]
+
+
+@HALF
+def test_coverage_counts_on_in_half_precision(dtype):
+    """A sum of 2,000 small weights is not stuck where the next one is less than its precision."""
+    attention = make_attention("additive", (4, 4, 1), dtype, coverage=True)
+    memory = attention.prepare(random(1, 8, 4, dtype=dtype), None)
+    state = attention.initial_state(memory)
+    context = torch.zeros(1, 1, 4, dtype=dtype)
+    for _ in range(2000):
+        state = attention.next_state(state, torch.full((1, 1, 1, 8), 1 / 8, dtype=dtype), context)
+    assert (state[0] == 250).all()
+
+
+@pytest.mark.parametrize("name", ["additive", "normalized_additive"])
+def test_additive_scores_computed_again_are_those_kept(name, monkeypatch):
+    """Some queries at a time: the same scores, gradients and second derivatives as all at once."""
+    attention, mask = make_attention(name, (6, 12, 2)), make_mask(SEQ)
+    results = []
+    for most, at_once in ((2**18, 2**19), (0, 600), (0, 1)):
+        monkeypatch.setattr("hf_rnn.attention.MOST_TANH_KEPT", most)
+        monkeypatch.setitem(TANH_AT_ONCE, "cpu", at_once)
+        queries, values = random(6, 5, 6).requires_grad_(), random(6, SEQ, 12, seed=1).requires_grad_()
+        context, alphas = attention(queries, attention.prepare(values, mask))
+        inputs = [queries, values, *attention.parameters()]
+        first = torch.autograd.grad((context * random(6, 5, 12, seed=2)).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)
+        with torch.no_grad():
+            without_gradients, _ = attention(queries, attention.prepare(values, mask))
+        results.append([context, alphas, without_gradients, *first, *second])
+    for others in results[1:]:
+        for actual, expected in zip(others, results[0], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_additive_scores_keep_no_tanh():
+    """What the graph of a large comparison keeps does not grow with the product of target, source and features."""
+    attention = make_attention("additive", (64, 64, 1), torch.float32)
+    queries, values = random(4, 50, 64, dtype=torch.float32), random(4, 60, 64, seed=1, dtype=torch.float32)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention(queries.requires_grad_(), attention.prepare(values, None))
+    assert max(kept) < 4 * 50 * 60 * 64 / 10
+
+
+def test_a_local_score_sees_its_window():
+    """Tokens further away than the window have no weight, those inside have some; every head has its own window."""
+    attention = randomize(Attention(LocalScore(6, 6, 2, window=2)).double())
+    queries, values, mask = random(4, 5, 6) * 3, random(4, 30, 6, seed=1), torch.ones(4, 30, dtype=torch.long)
+    mask[0, :10] = 0
+    mask[1, 20:] = 0
+    mask[2, 5:15] = 0
+    _, alphas = attention(queries, attention.prepare(values, mask))
+    features = torch.tanh(attention.score.position(queries)) * attention.score.vector
+    share = torch.sigmoid(features.unflatten(-1, (2, 3)).sum(-1))  # [batch, target, heads]
+    assert share.std() > 0.2
+    for row in range(4):
+        tokens = mask[row].bool()
+        places = torch.arange(int(tokens.sum())).double()
+        near = (places - len(places) * share[row].T.unsqueeze(-1)).abs() <= 2
+        assert torch.equal(alphas[row][:, :, tokens] > 0, near)
 
 
 def test_the_mask_may_have_any_type():

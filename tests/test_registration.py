@@ -146,6 +146,7 @@ def test_fields_and_their_defaults():
             "encoder_bidirectional": True,
             "attention_score": "general",
             "num_attention_heads": 1,
+            "use_coverage": False,
             "decoder_type": "luong",
             "input_feeding": False,
             "tie_word_embeddings": True,
@@ -231,13 +232,25 @@ MISTAKES = {
         ("encoder_layers", 0, "at least 1"),
         ("decoder_layers", -1, "at least 1"),
         ("encoder_bidirectional", 2, "bool"),
-        ("attention_score", "cosine", "['additive', 'dot', 'general', 'scaled_dot']"),
+        ("attention_score", "cosine", "['additive', 'dot', 'general', 'local', 'location', 'normalized_additive'"),
         ("attention_score", 3, "str"),
         ("num_attention_heads", 0, "at least 1"),
         ("num_attention_heads", 5, "divide `hidden_size` (512)"),
+        ("attention_window", 0, "at least 1"),
+        ("location_filters", -2, "at least 1"),
+        ("location_width", 2**30, "at most"),
+        ("location_width", 4, "odd"),
+        ("use_coverage", 1, "bool"),
         ("decoder_type", "transformer", "['bahdanau', 'gnmt', 'luong']"),
         ("input_feeding", "yes", "bool"),
         ("decoder_start_token_id", "go", "int"),
+        ("pointer_generator", 1, "bool"),
+        ("num_copy_ids", -1, "at least 0"),
+        ("unk_token_id", 32000, "below `vocab_size` (32000)"),
+        ("label_smoothing", 1.0, "[0, 1)"),
+        ("scheduled_sampling", 1.5, "[0, 1]"),
+        ("coverage_loss_weight", -0.5, "at least 0"),
+        ("guided_alignment_weight", float("inf"), "finite"),
     ],
 }
 
@@ -261,6 +274,8 @@ def test_fields_that_do_not_fit_together():
             RNNSeq2SeqConfig(decoder_type=kind, input_feeding=True)
     with pytest.raises(ValueError, match=r"`decoder_layers` must be at least 2.*gnmt.*got 1"):
         RNNSeq2SeqConfig(decoder_type="gnmt", decoder_layers=1)
+    with pytest.raises(ValueError, match=r"`unk_token_id` must be a token.*`pointer_generator` is True, got None"):
+        RNNSeq2SeqConfig(pointer_generator=True)
     with pytest.raises(ValueError, match=r"`num_attention_heads` must divide `hidden_size` \(6\), got 4"):
         RNNSeq2SeqConfig(hidden_size=6, num_attention_heads=4)
 
@@ -393,7 +408,8 @@ def test_hidden_states_and_attentions_of_a_translator(name):
         assert (weights.masked_select(~mask[:, None, None]) == 0).all()
         has_tokens = mask.any(1).double()[:, None, None].expand(weights.shape[:-1])
         torch.testing.assert_close(weights.sum(-1), has_tokens, rtol=0, atol=1e-12)
-        assert (weights.masked_select(mask[:, None, None]) > 0).all()
+        if config.attention_score != "local":  # which sees a window only
+            assert (weights.masked_select(mask[:, None, None]) > 0).all()
 
 
 @over_classes

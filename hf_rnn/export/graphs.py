@@ -41,7 +41,7 @@ class StateDescription(NamedTuple):
     """One state of one layer: its name, its width, and its value before the first token where that is constant."""
 
     name: str
-    size: int
+    size: int | None  # None: that of the source, for each head
     initial: float | list[float] | None
 
 
@@ -73,6 +73,8 @@ def make_graphs(model: PreTrainedModel) -> tuple[str, dict[str, Graph], list[Sta
     """
     if not isinstance(model, RNNPreTrainedModel | RNNSeq2SeqModel | RNNSeq2SeqForConditionalGeneration):
         raise ValueError(f"`model` must be one of the rnn or rnn_seq2seq family, got {type(model).__name__}.")
+    if getattr(model.config, "pointer_generator", False):
+        raise ValueError("`pointer_generator` must be False to export a model: its graphs know no words of the source.")
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -210,20 +212,25 @@ def _translator(
     # The decoder is handed a memory that was prepared by the other graph.
     attention.prepare = _take_prepared
     states = _describe_states(decoder.layers, None, "attentional_vector" if decoder.runs_step_by_step else None)
-    sizes = _layer_sizes(states, len(decoder.layers))
+    layer_sizes = _layer_sizes(states, len(decoder.layers))
+    for name in attention.state_names:
+        size = model.config.encoder_output_size if name == "context" else None
+        states.append(StateDescription(f"attention.{name}", size, None))
 
     def encode(input_ids, attention_mask):
         outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
         memory = prepare(outputs.last_hidden_state, attention_mask)
-        initial = decoder._initial_states(None, outputs.pooler_output, input_ids.shape[0])
+        initial = decoder._initial_states(None, outputs.pooler_output, memory)
         return [memory.keys, memory.values, *(tensor for layer in initial for tensor in layer)]
 
     def decode(input_ids, keys, values, mask, *past):
+        memory = AttentionMemory(keys, values, mask.bool()[:, None, None])
         cache = DynamicCache(config=model.config)
+        sizes = layer_sizes + ([attention.state_sizes(memory)] if attention.state_names else [])
         _fill_cache(cache, past, sizes)
         outputs = decoder(
             input_ids=input_ids,
-            encoder_hidden_states=AttentionMemory(keys, values, mask.bool()[:, None, None]),
+            encoder_hidden_states=memory,
             cache=cache,
             use_cache=True,
             output_attentions=True,
@@ -253,7 +260,7 @@ def _translator(
         _Function(model, decode),
         {"input_ids": _tokens(BATCH, 1), "memory.keys": keys, "memory.values": values, "memory.mask": mask, **past},
         {"input_ids": {0: "batch"}, "memory.keys": features, "memory.values": features, "memory.mask": tokens}
-        | {name: {0: "batch"} for name in past},
+        | {f"past.{state.name}": {0: "batch"} | ({2: "source"} if state.size is None else {}) for state in states},
         ["last_hidden_state" if model is base else "logits", *present, "cross_attentions"],
         model.config.vocab_size,
     )

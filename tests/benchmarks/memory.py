@@ -1,6 +1,8 @@
-"""Memory of training on long texts."""
+"""Memory of training on long texts, and of attending to them."""
 
 import torch
+
+from hf_rnn import attention
 
 from .harness import Measurement, Settings, benchmark, peak_megabytes
 from .language_model import make_language_model
@@ -45,3 +47,41 @@ def checkpointing(settings: Settings, num_layers: int) -> Measurement:
     gradients = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
     note = f"{with_checkpoints:.0f} of {without:.0f} MB"
     return Measurement(with_checkpoints / without, floor=gradients / without, note=note)
+
+
+def prepare_attention(settings: Settings, kept: bool, batch: int, target: int, source: int, hidden: int):
+    """A forward and backward of additive attention, with all tanh kept or computed again."""
+    torch.manual_seed(0)
+    if kept:
+        attention.MOST_TANH_KEPT = 2**62
+    attend = attention.Attention(attention.AdditiveScore(hidden, hidden)).to(settings.device)
+    torch.nn.init.normal_(attend.score.vector)
+    queries, features = (
+        torch.randn(batch, length, hidden, device=settings.device, requires_grad=True) for length in (target, source)
+    )
+
+    def run():
+        context, _ = attend(queries, attend.prepare(features, None))
+        context.sum().backward()
+
+    return run
+
+
+@benchmark(
+    "additive-memory",
+    "peak memory of additive attention, forward and backward, T = 64, S = 100, computed again / kept",
+    {"cpu": 0.15, "cuda": 0.75},
+)
+def additive(settings: Settings) -> Measurement:
+    """Batch 32, hidden 512; the floor are the gradients of queries, features and weights, and the projected keys."""
+    batch, target, source, hidden = settings.size((32, 64, 100, 512), (2, 8, 8, 16))
+    sizes = {"batch": batch, "target": target, "source": source, "hidden": hidden}
+    most = attention.MOST_TANH_KEPT
+    try:
+        kept, again = (
+            max(peak_megabytes(prepare_attention, settings, kept=kept, **sizes), 1e-3) for kept in (True, False)
+        )
+    finally:
+        attention.MOST_TANH_KEPT = most  # set in this process where the sizes are tiny
+    floor = 4 / 2**20 * (batch * (2 * target + 3 * source) * hidden + 2 * hidden**2)
+    return Measurement(again / kept, floor=floor / kept, note=f"{again:.0f} of {kept:.0f} MB")
