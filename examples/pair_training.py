@@ -62,7 +62,16 @@ class ModelArguments:
     encoder_layers: int = field(default=1, metadata={"help": "Recurrent layers of the encoder."})
     decoder_layers: int = field(default=1, metadata={"help": "Recurrent layers of the decoder."})
     encoder_bidirectional: bool = field(default=True, metadata={"help": "Whether the encoder reads both ways."})
-    attention_score: str = field(default="general", metadata={"help": "dot, scaled_dot, general, additive."})
+    attention_score: str = field(
+        default="general",
+        metadata={"help": "dot, scaled_dot, general, local, additive, normalized_additive, location."},
+    )
+    attention_window: int = field(default=10, metadata={"help": "Tokens to each side that the local score sees."})
+    location_filters: int = field(default=32, metadata={"help": "Filters of the location score, for each head."})
+    location_width: int = field(default=31, metadata={"help": "Width of these filters, an odd number."})
+    use_coverage: bool = field(default=False, metadata={"help": "Whether scores read what was attended to so far."})
+    coverage_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the loss for attending again."})
+    scheduled_sampling: float = field(default=0.0, metadata={"help": "Chance to train on words of the model's own."})
     num_attention_heads: int = field(default=1, metadata={"help": "Attention heads."})
     decoder_type: str = field(default="luong", metadata={"help": "luong, bahdanau, gnmt."})
     input_feeding: bool = field(default=False, metadata={"help": "Feed the attentional vector back (luong only)."})

@@ -36,7 +36,6 @@ class GenerationMasks:
         if mask is not None:
             tokens = inputs.get(f"{prefix}input_ids")
             seq_length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
-            # A single token after the prompt is one that was just generated.
-            is_new_token = seq_length == 1 and not is_first_iteration
-            inputs[f"{prefix}attention_mask"] = None if is_new_token else mask[:, mask.shape[1] - seq_length :]
+            # Also of a single token, which may be a piece of a prompt with padding.
+            inputs[f"{prefix}attention_mask"] = mask[:, mask.shape[1] - seq_length :]
         return inputs

@@ -303,10 +303,12 @@ class TestArguments:
         # use_cache is an option of TrainingArguments, the token ids follow from the tokenizer.
         derived = {"use_cache", "is_encoder_decoder", "pad_token_id", "bos_token_id", "eos_token_id"}
         derived |= {"decoder_start_token_id"}
+        # The Trainer has its own; and what needs other data than pairs.
+        other = {"label_smoothing", "pointer_generator", "num_copy_ids", "unk_token_id", "guided_alignment_weight"}
         # For a causal model these have one value, or none.
         not_causal = {"bidirectional", "pooling", "classifier_dropout", "use_crf"}
         for config, arguments, left_out in (
-            (RNNSeq2SeqConfig, ModelArguments, derived | {"vocab_size"}),
+            (RNNSeq2SeqConfig, ModelArguments, derived | other | {"vocab_size"}),
             (RNNConfig, language_model.ModelArguments, derived | not_causal),
         ):
             fields = {name for name in config.__annotations__ if not name.startswith("_")} - left_out
