@@ -1,5 +1,7 @@
 """What `generate` is to know of masks and positions of a recurrence. Imports nothing of the package."""
 
+import torch
+
 
 class GenerationMasks:
     """Masks of a model that generates: a recurrence asks for one number per token that it reads, and no more."""
@@ -36,6 +38,8 @@ class GenerationMasks:
         if mask is not None:
             tokens = inputs.get(f"{prefix}input_ids")
             seq_length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
-            # Also of a single token, which may be a piece of a prompt with padding.
-            inputs[f"{prefix}attention_mask"] = mask[:, mask.shape[1] - seq_length :]
+            # Also of a single token, which may be a piece of a prompt with padding; with strides that do not grow with
+            # the text, for which a step would be compiled anew.
+            mask = mask[:, mask.shape[1] - seq_length :].clone(memory_format=torch.contiguous_format)
+            inputs[f"{prefix}attention_mask"] = mask
         return inputs
