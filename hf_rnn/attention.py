@@ -378,6 +378,9 @@ class LocationScore(AdditiveScore):
 
     def weight_features(self, weights, memory):
         weights = weights.to(memory.keys.dtype)
+        if not torch.compiler.is_compiling() and weights.shape[-1] == 0:
+            # A convolution refuses a source without a single position.
+            return torch.zeros_like(memory.keys)
         if memory.mask is None:
             features = self.feature(self.location(weights))
         else:

@@ -37,7 +37,8 @@ def make_batch() -> dict:
         "input_ids": make_ids(6, 7),
         "attention_mask": make_mask(),
         "decoder_input_ids": make_ids(6, 5, seed=1),
-        "decoder_attention_mask": make_mask(5),
+        # A source without a token has a target, and a target without one a source.
+        "decoder_attention_mask": make_mask(5)[[0, 1, 2, 3, 5, 4]],
     }
 
 
@@ -124,7 +125,9 @@ def test_pieces_and_rows_alone_are_the_whole(options):
     changed["input_ids"][batch["attention_mask"] == 0] = NUM_IDS - 1
     changed["decoder_input_ids"][~tokens] = 5
     torch.testing.assert_close(model(**changed).logits[tokens], expected[tokens])
-    for row in range(5):
+    # Padding behind a text shows what its last token showed, where generation goes on.
+    torch.testing.assert_close(expected[1, -1], expected[1, 1])
+    for row in range(4):
         kept, target = batch["attention_mask"][row].bool(), tokens[row]
         alone = model(
             input_ids=batch["input_ids"][row : row + 1, kept],
