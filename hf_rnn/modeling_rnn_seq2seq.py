@@ -64,16 +64,6 @@ def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None,
     return shifted.masked_fill(shifted == -100, decoder_start_token_id if pad_token_id is None else pad_token_id)
 
 
-def positions_before_last_label(labels: torch.Tensor) -> torch.Tensor:
-    """True `[batch, target]` up to the last label of a row that is not ignored (-100): nothing depends on the rest."""
-    return (labels != -100).flip(1).cumsum(1).flip(1) > 0
-
-
-def _hold(is_token: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """`new`, but `old` in rows where there is no token; `new` everywhere where nothing is known of that."""
-    return new if is_token is None else torch.where(is_token, new, old)
-
-
 @dataclass
 class CopyableEncoderOutput(BaseModelOutputWithPooling):
     """
@@ -85,6 +75,16 @@ class CopyableEncoderOutput(BaseModelOutputWithPooling):
     """
 
     source_ids: torch.LongTensor | None = None
+
+
+def positions_before_last_label(labels: torch.Tensor) -> torch.Tensor:
+    """True `[batch, target]` up to the last label of a row that is not ignored (-100): nothing depends on the rest."""
+    return (labels != -100).flip(1).cumsum(1).flip(1) > 0
+
+
+def _hold(is_token: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """`new`, but `old` in rows where there is no token; `new` everywhere where nothing is known of that."""
+    return new if is_token is None else torch.where(is_token, new, old)
 
 
 class RNNSeq2SeqPreTrainedModel(RecurrentPreTrainedModel):
@@ -433,8 +433,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         num_steps = embeddings.shape[1]
         linear = loop_linear(embeddings, num_steps)
         linears = [layer.loop_linear(embeddings, num_steps) for layer in self.layers]
-        carries_more = self.attention.state_names or any(layer.recurrent_dropout for layer in self.layers)
-        if not (needs_state or recording or carries_more):
+        if not needs_state and not recording and not any(layer.recurrent_dropout for layer in self.layers):
             segments = find_loop_segments(padding)
             if segments is not None:
                 return self._run_segments(embeddings, [*states, (vector,)], memory, segments, linears, linear)
@@ -482,8 +481,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         feeds, states, outputs = self.config.input_feeding, list(states), []
         of_attention = states[-1] if self.attention.state_names else ()
         if not feeds:
-            top_state = states[len(self.layers) - 1]
-            context, weights = self.attention(top_state[0].unsqueeze(1), memory, of_attention)
+            top = states[len(self.layers) - 1][0]
+            context, weights = self.attention(top.unsqueeze(1), memory, of_attention)
         inputs = torch.cat([embedding, vector if feeds else context.squeeze(1)], dim=-1)
         for index, layer in enumerate(self.layers):
             inputs, states[index] = layer.step(inputs, states[index], is_token, linears[index], linear)
@@ -536,7 +535,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         weights = torch.cat(weights)
         shown = show_steps(weights.flatten(1), steps, weights.new_zeros(1, 1))
         weights = shown.unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
-        return show_steps(vectors, steps, initial[-1]), weights, [None] * len(self.layers), [None] * len(self.layers)
+        no_states = [None] * len(states[:-1])
+        return show_steps(vectors, steps, initial[-1]), weights, no_states, no_states
 
     def _run_no_step(self, embeddings: torch.Tensor, states: list[State], memory: AttentionMemory, recording: bool):
         """A target without a single position leaves the states as they are."""
@@ -843,7 +843,7 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
                 decoder_input_ids=mixed[:, position : position + 1],
                 decoder_attention_mask=position_mask,
                 encoder_outputs=encoder_outputs,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 return_dict=True,
             )

@@ -61,6 +61,8 @@ def test_scores_are_the_equation(alpha, beta, use_cache):
     lengths = set()
     for options in [*DECODERS[1:3], {"attention_score": "location", "num_attention_heads": 2}]:
         model = make_model(NAME, **options)
+        with torch.no_grad():
+            model.lm_head.bias[EOS] += 1  # so that there are ends of all lengths
         with GNMTScore(BEAMS, alpha, beta, model) as score:
             for new_tokens in (12, 8):
                 outputs, *given = search(model, score, use_cache=use_cache, max_new_tokens=new_tokens)

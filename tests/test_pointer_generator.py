@@ -8,6 +8,7 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 from hf_rnn.export.graphs import make_graphs
 from hf_rnn.generation import decode_with_copies, encode_with_copies
 from hf_rnn.modeling_rnn_seq2seq import RNNSeq2SeqForConditionalGeneration
+from hf_rnn.recurrent_cache import cache_of
 from matrix import BOS, DECODERS, EOS, PAD, VOCAB_SIZE, make_mask, make_model
 from reference import part, project_to_vocabulary, seq2seq, sigmoid, softmax, to_numpy
 from word_tokenizer import UNKNOWN, make_tokenizer
@@ -115,10 +116,10 @@ def test_pieces_and_rows_alone_are_the_whole(options):
             attention_mask=batch["attention_mask"],
             decoder_input_ids=batch["decoder_input_ids"][:, position : position + 1],
             decoder_attention_mask=batch["decoder_attention_mask"][:, : position + 1],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         steps.append(outputs.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1)[tokens], expected[tokens])
     changed = {key: value.clone() for key, value in batch.items()}
