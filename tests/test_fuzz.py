@@ -185,31 +185,52 @@ def config_fields(draw):
     return config_class, fields
 
 
-def problem_of(config_class, fields):
-    """The fields of which one has to be named, or none where the configuration is right."""
-    wrong = [field for field, value in fields.items() if not FIELDS[config_class][field](value)]
-    if wrong:
-        return wrong
-    value_of = {field: fields.get(field, getattr(config_class, field, None)) for field in FIELDS[config_class]}
-    if value_of["problem_type"] == "single_label_classification" and value_of["num_labels"] == 1:
-        return ["num_labels"]
-    if config_class is RNNSeq2SeqConfig:
-        if value_of["hidden_size"] % value_of["num_attention_heads"]:
-            return ["num_attention_heads"]
-        if value_of["input_feeding"] and value_of["decoder_type"] != "luong":
-            return ["input_feeding"]
-        unknown = value_of["unk_token_id"]
-        if value_of["pointer_generator"] if unknown is None else unknown >= value_of["vocab_size"]:
-            return ["unk_token_id"]
-        if value_of["decoder_type"] == "gnmt" and value_of["decoder_layers"] < 2:
-            return ["decoder_layers"]
-    return []
+def lacks_unknown_token(value_of):
+    unknown = value_of["unk_token_id"]
+    return value_of["pointer_generator"] if unknown is None else unknown >= value_of["vocab_size"]
+
+
+# Fields of which each may be right by itself, how they do not fit together, and which of them is named then.
+MISFITS = [
+    (
+        ["problem_type", "num_labels"],
+        lambda of: of["problem_type"] == "single_label_classification" and of["num_labels"] == 1,
+        "num_labels",
+    ),
+    (
+        ["hidden_size", "num_attention_heads"],
+        lambda of: of["hidden_size"] % of["num_attention_heads"],
+        "num_attention_heads",
+    ),
+    (
+        ["input_feeding", "decoder_type"],
+        lambda of: of["input_feeding"] and of["decoder_type"] != "luong",
+        "input_feeding",
+    ),
+    (["unk_token_id", "pointer_generator", "vocab_size"], lacks_unknown_token, "unk_token_id"),
+    (
+        ["decoder_type", "decoder_layers"],
+        lambda of: of["decoder_type"] == "gnmt" and of["decoder_layers"] < 2,
+        "decoder_layers",
+    ),
+]
+
+
+def problems_of(config_class, fields):
+    """The fields of which one has to be named: those that are wrong, and those that do not fit to others."""
+    known = FIELDS[config_class]
+    wrong = [field for field, value in fields.items() if not known[field](value)]
+    value_of = {field: fields.get(field, getattr(config_class, field, None)) for field in known}
+    for names, do_not_fit, named in MISFITS:
+        if set(names) <= known.keys() and not set(names) & set(wrong) and do_not_fit(value_of):
+            wrong.append(named)
+    return wrong
 
 
 def check_config(case):
     """A configuration is refused with the name of a wrong field, exactly where one is wrong, and else survives."""
     config_class, fields = case
-    expected = problem_of(config_class, fields)
+    expected = problems_of(config_class, fields)
     if expected:
         with pytest.raises(ValueError) as caught:  # noqa: PT011
             config_class(**copy.deepcopy(fields))
