@@ -154,7 +154,7 @@ def run_torch_kernel(
         hold = cell.weight_ih.new_tensor(cell.hold_gates) * SATURATION
         column = hold.repeat_interleave(cell.hidden_size).unsqueeze(-1)
         weights = [torch.cat([cell.weight_ih, column], dim=-1), cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    segments = find_segments(padding, inputs, cell.weight_hh.shape[0])
+    segments = find_segments(padding, inputs.shape[-1], cell.weight_hh.shape[0])
     if segments is not None:
         return _run_segments(cell, inputs, state, segments, reverse, weights)
     index = padding.direction(reverse)

@@ -173,31 +173,27 @@ def choose_cuts(lengths: list[int], call_cost: float) -> list[int]:
 
 def _segments(padding: Padding, call_cost: float) -> Segments | None:
     """The cheapest pieces where a further piece costs so much, or None where it is the whole. `padding` keeps them."""
+    if padding.mask.device.type != "cpu" or torch.compiler.is_compiling() or not may_take("segments"):
+        return None
     if call_cost not in padding.segments:
         cuts = choose_cuts(padding.lengths.tolist(), call_cost)
         padding.segments[call_cost] = Segments(padding, cuts) if len(cuts) > 1 else None
     return padding.segments[call_cost]
 
 
-def find_segments(padding: Padding, inputs: torch.Tensor, gate_rows: int) -> Segments | None:
+def find_segments(padding: Padding, input_size: int, gate_rows: int) -> Segments | None:
     """
     The pieces in which a kernel is to run over a padded batch, or None where it had better run over the whole.
 
     Args:
         padding (`Padding`): Where the tokens lie. It keeps what was found.
-        inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): The inputs.
+        input_size (`int`): Width of the inputs.
         gate_rows (`int`): Rows of the weights of the cell, of all gates.
     """
-    if inputs.device.type != "cpu" or torch.compiler.is_compiling() or not may_take("segments"):
-        return None
-    operations = 6 * gate_rows * (inputs.shape[-1] + gate_rows // 4)
+    operations = 6 * gate_rows * (input_size + gate_rows // 4)
     return _segments(padding, round(CALL_COST + CALL_OPERATIONS / operations))
 
 
 def find_loop_segments(padding: Padding | None) -> Segments | None:
     """The pieces for a loop over the steps, where a cut costs no more than a view; None where there is one piece."""
-    if padding is None or padding.mask.device.type != "cpu":
-        return None
-    if torch.compiler.is_compiling() or not may_take("segments"):
-        return None
-    return _segments(padding, LOOP_CUT_COST)
+    return None if padding is None else _segments(padding, LOOP_CUT_COST)
