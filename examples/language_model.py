@@ -39,6 +39,7 @@ from subword_tokenizer import train_character_tokenizer, train_subword_tokenizer
 from text_pairs import read_text
 from training_helpers import (
     MixedPrecisionArguments,
+    RecurrenceArguments,
     StopOnSignal,
     UsageError,
     checkpoint_to_resume,
@@ -51,7 +52,7 @@ from training_helpers import (
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(RecurrenceArguments):
     """A model and tokenizer to start from, or the shape of a new one: the fields of `RNNConfig`."""
 
     model_name_or_path: str | None = field(
@@ -64,18 +65,9 @@ class ModelArguments:
     embedding_size: int | None = field(default=128, metadata={"help": "Width of embeddings; null for hidden_size."})
     hidden_size: int = field(default=512, metadata={"help": "Width of the hidden state."})
     num_hidden_layers: int = field(default=1, metadata={"help": "Recurrent layers."})
-    cell_type: str = field(default="lstm", metadata={"help": "rnn_tanh, rnn_relu, gru, lstm."})
-    residual: bool = field(default=False, metadata={"help": "Residual connections between layers."})
     embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout on the embeddings."})
-    hidden_dropout: float = field(default=0.2, metadata={"help": "Dropout between layers."})
     output_dropout: float = field(default=0.2, metadata={"help": "Dropout on the output of the last layer."})
-    recurrent_dropout: float = field(default=0.0, metadata={"help": "Dropout in the recurrence (slow)."})
-    initializer_range: float = field(default=0.1, metadata={"help": "Standard deviation of new embeddings."})
-    forget_gate_bias: float = field(default=1.0, metadata={"help": "Initial bias of an LSTM's forget gate."})
     tie_word_embeddings: bool = field(default=False, metadata={"help": "Tie output projection to the embeddings."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Further config fields as a JSON object, such as those of a cell of your own."}
-    )
 
 
 @dataclass

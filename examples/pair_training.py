@@ -30,6 +30,7 @@ from hf_rnn import RNNSeq2SeqConfig
 from text_pairs import DataError, pairs_from_hub, read_pairs
 from training_helpers import (
     MixedPrecisionArguments,
+    RecurrenceArguments,
     SeedSamplerByEpoch,
     StopOnSignal,
     UsageError,
@@ -47,7 +48,7 @@ Pairs = list[tuple[str, str]]
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(RecurrenceArguments):
     """A model and tokenizer to start from, or the shape of a new one: the fields of `RNNSeq2SeqConfig`."""
 
     model_name_or_path: str | None = field(
@@ -58,7 +59,6 @@ class ModelArguments:
     )
     embedding_size: int | None = field(default=None, metadata={"help": "Width of embeddings; default hidden_size."})
     hidden_size: int = field(default=256, metadata={"help": "Width of the hidden state, per direction."})
-    cell_type: str = field(default="lstm", metadata={"help": "rnn_tanh, rnn_relu, gru, lstm."})
     encoder_layers: int = field(default=1, metadata={"help": "Recurrent layers of the encoder."})
     decoder_layers: int = field(default=1, metadata={"help": "Recurrent layers of the decoder."})
     encoder_bidirectional: bool = field(default=True, metadata={"help": "Whether the encoder reads both ways."})
@@ -75,17 +75,9 @@ class ModelArguments:
     num_attention_heads: int = field(default=1, metadata={"help": "Attention heads."})
     decoder_type: str = field(default="luong", metadata={"help": "luong, bahdanau, gnmt."})
     input_feeding: bool = field(default=False, metadata={"help": "Feed the attentional vector back (luong only)."})
-    residual: bool = field(default=False, metadata={"help": "Residual connections between layers."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the embeddings."})
-    hidden_dropout: float = field(default=0.2, metadata={"help": "Dropout between layers."})
     output_dropout: float = field(default=0.2, metadata={"help": "Dropout on encoder output and attentional vector."})
-    recurrent_dropout: float = field(default=0.0, metadata={"help": "Dropout in the recurrence (slow)."})
-    initializer_range: float = field(default=0.1, metadata={"help": "Standard deviation of new embeddings."})
-    forget_gate_bias: float = field(default=1.0, metadata={"help": "Initial bias of an LSTM's forget gate."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "Tie output projection to the embeddings."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Further config fields as a JSON object, such as those of a cell of your own."}
-    )
 
 
 @dataclass

@@ -99,6 +99,21 @@ class MixedPrecisionArguments:
         super().__post_init__()
 
 
+@dataclass
+class RecurrenceArguments:
+    """The fields that the configurations of all models have, with the same defaults for each."""
+
+    cell_type: str = field(default="lstm", metadata={"help": "rnn_tanh, rnn_relu, gru, lstm."})
+    residual: bool = field(default=False, metadata={"help": "Residual connections between layers."})
+    hidden_dropout: float = field(default=0.2, metadata={"help": "Dropout between layers."})
+    recurrent_dropout: float = field(default=0.0, metadata={"help": "Dropout in the recurrence (slow)."})
+    initializer_range: float = field(default=0.1, metadata={"help": "Standard deviation of new embeddings."})
+    forget_gate_bias: float = field(default=1.0, metadata={"help": "Initial bias of an LSTM's forget gate."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Further config fields as a JSON object, such as those of a cell of your own."}
+    )
+
+
 def load_pretrained(auto_class: type, name: str) -> Any:
     """`auto_class.from_pretrained(name)`; `UsageError` where that is not possible."""
     try:
