@@ -4,7 +4,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_checks import (
+    MAX_SIZE,
     CheckedOnLoading,
+    check_at_least,
+    check_at_most,
     check_layers,
     check_one_of,
     check_recurrence,
@@ -36,7 +39,23 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             How a sequence becomes one vector for the sequence heads: `"last"` (the final state of each direction),
             `"mean"`, `"max"`, `"concat"` (of the three before) or `"attention"` (a learned weighted mean). Padding
             never takes part.
-        embedding_dropout (`float`, *optional*, defaults to 0.0): Dropout on the token embeddings.
+        word_encoder (`str`, *optional*):
+            Where given, the recurrent layers read words of which each is made of several tokens, such as characters or
+            sub-words: `"cnn"` makes a word's vector by a convolution over its tokens and the greatest value of each
+            filter, a key of `RECURRENT_CELLS` by a layer of such cells in both directions. The sequence stays one of
+            tokens: at all tokens of a word stands what the layers made of the word. Not for language models.
+        first_continuation_id (`int`, *optional*):
+            For a `word_encoder`: token ids from this one on continue the word before them, those below begin a new one.
+        word_encoder_size (`int`, *optional*, defaults to 64): Width of what the word encoder makes of a word.
+        word_encoder_width (`int`, *optional*, defaults to 3): Width of the filters of `"cnn"` in tokens, an odd number.
+        word_vocab_size (`int`, *optional*, defaults to 0):
+            For a `word_encoder`: number of words that have an embedding of their own beside it, the unknown one
+            included; 0 for none. `hf_rnn.training.set_word_table` says which.
+        word_embedding_size (`int`, *optional*): Width of these embeddings; `hidden_size` where not given.
+        word_dropout (`float`, *optional*, defaults to 0.0):
+            Chance to read a known word as an unknown one while training.
+        embedding_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the token embeddings; with a `word_encoder` on the vectors of words.
         hidden_dropout (`float`, *optional*, defaults to 0.0): Dropout between the recurrent layers.
         output_dropout (`float`, *optional*, defaults to 0.0): Dropout on the output of the last layer.
         recurrent_dropout (`float`, *optional*, defaults to 0.0):
@@ -79,6 +98,13 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     bidirectional: bool = False
     residual: bool = False
     pooling: str = "last"
+    word_encoder: str | None = None
+    first_continuation_id: int | None = None
+    word_encoder_size: int = 64
+    word_encoder_width: int = 3
+    word_vocab_size: int = 0
+    word_embedding_size: int | None = None
+    word_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     output_dropout: float | int = 0.0
@@ -96,6 +122,8 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
+        if self.word_embedding_size is None:
+            self.word_embedding_size = self.hidden_size
         check_stock_fields(self, kwargs)
         check_layers(self, "num_hidden_layers")
         super().__post_init__(**kwargs)
@@ -106,8 +134,41 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         check_layers(self, "num_hidden_layers")
         check_recurrence(self)
         check_one_of(self, "pooling", POOLING_TYPES)
+        self._validate_words()
         if self.use_crf:
             raise ValueError("`use_crf` must be False: there is no conditional random field yet, got True.")
+
+    def _validate_words(self):
+        check_at_least(self, 1, "word_encoder_size", "word_encoder_width", "word_embedding_size")
+        check_at_least(self, 0, "word_vocab_size")
+        check_at_most(
+            self, MAX_SIZE, "word_encoder_size", "word_encoder_width", "word_embedding_size", "word_vocab_size"
+        )
+        if self.word_encoder is None:
+            for field, default in (("first_continuation_id", None), ("word_vocab_size", 0)):
+                if getattr(self, field) != default:
+                    raise ValueError(
+                        f"`{field}` must be {default} where `word_encoder` is None, got {getattr(self, field)}."
+                    )
+            return
+        # Imported here, so that reading a configuration file needs no torch: the table of cells is open.
+        from .recurrent_cells import RECURRENT_CELLS
+
+        check_one_of(self, "word_encoder", ("cnn", *RECURRENT_CELLS))
+        if self.word_encoder == "cnn" and self.word_encoder_width % 2 == 0:
+            raise ValueError(f"`word_encoder_width` must be an odd number, got {self.word_encoder_width}.")
+        if self.word_encoder != "cnn" and self.word_encoder_size % 2 == 1:
+            raise ValueError(
+                f"`word_encoder_size` must be an even number where two directions of a {self.word_encoder!r} share "
+                f"it, got {self.word_encoder_size}."
+            )
+        if self.first_continuation_id is None or self.first_continuation_id < 0:
+            raise ValueError(
+                "`first_continuation_id` must say from which token id on words are continued, an integer of at least "
+                f"0, got {self.first_continuation_id}."
+            )
+        if self.word_vocab_size == 1:
+            raise ValueError("`word_vocab_size` must be 0, or the unknown word and at least one other, got 1.")
 
     def validate_layer_type(self):
         """The base class knows a closed list of layer types, none of which is a recurrent state."""
@@ -121,6 +182,13 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     def num_hidden_states(self) -> int:
         """How many `hidden_states` there are: the embeddings and the output of each layer."""
         return self.num_hidden_layers + 1
+
+    @property
+    def input_size(self) -> int:
+        """Width of what the first recurrent layer reads."""
+        if self.word_encoder is None:
+            return self.embedding_size
+        return self.word_encoder_size + (self.word_embedding_size if self.word_vocab_size else 0)
 
     @property
     def output_size(self) -> int:

@@ -48,6 +48,7 @@ from .recurrent_model import (
     select_positions,
     vocabulary_projection,
 )
+from .word_encoder import WordEncoder, find_words
 
 
 logger = logging.get_logger(__name__)
@@ -87,6 +88,10 @@ class RNNModel(RNNPreTrainedModel):
     At padded positions the state of a row stays as it is and the output repeats the last one, wherever the padding
     lies. With one direction the state travels in `past_key_values`; with two directions there is none to carry.
 
+    With a `word_encoder` the layers read words, see [`WordEncoder`]: the tokens of a word but the first are padding to
+    them. `last_hidden_state` has the output of a word at each of its tokens. A word is read as a whole, so that there
+    is no state to go on from.
+
     Args:
         config (`RNNConfig`): The configuration.
     """
@@ -94,9 +99,10 @@ class RNNModel(RNNPreTrainedModel):
     def __init__(self, config: RNNConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.word_encoder = None if config.word_encoder is None else WordEncoder(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.embedded = HiddenStates()
-        self.layers = make_layers(config, config.num_hidden_layers, config.embedding_size, config.bidirectional)
+        self.layers = make_layers(config, config.num_hidden_layers, config.input_size, config.bidirectional)
         self.output_dropout = nn.Dropout(config.output_dropout)
         self.gradient_checkpointing = False
         self.post_init()
@@ -143,18 +149,20 @@ class RNNModel(RNNPreTrainedModel):
             zero at padding. Those of the direction from right to left have `_reverse` behind their names.
 
         Raises:
-            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, one of them, a mask, positions or a state
-                of a wrong shape, a state for a model with two directions, a state given or asked for where a row holds
-                several texts, texts in one row that are told by other arguments than `position_ids`, or `output_gates`
-                with a cell that has no `gate_values`.
+            `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, `inputs_embeds` for a model of words, one
+                of them, a mask, positions or a state of a wrong shape, a state for a model with two directions or of
+                words, a state given or asked for where a row holds several texts, texts in one row that are told by
+                other arguments than `position_ids`, or `output_gates` with a cell that has no `gate_values`.
         """
         past_key_values = given_cache(past_key_values, cache)
         inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds)
-        if self.config.bidirectional and past_key_values is not None:
-            raise ValueError(
-                "`past_key_values` must be None where `bidirectional` is True: there is no state to carry."
-            )
-        if self.config.bidirectional:
+        if self.word_encoder is not None and input_ids is None:
+            raise ValueError("`input_ids` must be given where `word_encoder` is set: embeddings do not show the words.")
+        has_state = not self.config.bidirectional and self.word_encoder is None
+        if not has_state and past_key_values is not None:
+            reason = "`bidirectional` is True" if self.config.bidirectional else "`word_encoder` is set"
+            raise ValueError(f"`past_key_values` must be None where {reason}: there is no state to carry.")
+        if not has_state:
             use_cache = False
         batch_size, seq_length = inputs_embeds.shape[:2]
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
@@ -168,6 +176,12 @@ class RNNModel(RNNPreTrainedModel):
                     "at 0 within a row: several texts in one row have no state to go on from."
                 )
             use_cache = False
+        words = None
+        if self.word_encoder is not None:
+            words = find_words(input_ids, self.config.first_continuation_id, mask, starts)
+            inputs_embeds = self.word_encoder(input_ids, inputs_embeds, words)
+            mask = words.starts
+            padding = Padding.from_attention_mask(mask, inputs_embeds)
         if starts is not None and past_key_values is None:
             padding = PackedPadding(starts.to(inputs_embeds.device), mask)
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
@@ -182,8 +196,19 @@ class RNNModel(RNNPreTrainedModel):
                 hidden_states, state, padding, target is not None, recording, needs_gates
             )
             write_state(target, layer_idx, new_state, seq_length, history, state)
+        if words is not None:
+            hidden_states = words.spread(hidden_states)
         output_class = RNNModelOutput if needs_gates else BaseModelOutputWithPast
         return output_class(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
+
+    def read_mask(self, input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        Where the layers read something `(batch, seq)`, None for everywhere: at every token, or at the first token of
+        every word.
+        """
+        if self.word_encoder is None:
+            return attention_mask
+        return find_words(input_ids, self.config.first_continuation_id, attention_mask).starts
 
 
 class RNNLanguageModelingHead(RNNPreTrainedModel):
@@ -193,6 +218,8 @@ class RNNLanguageModelingHead(RNNPreTrainedModel):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: RNNConfig):
+        if config.word_encoder is not None:
+            raise ValueError(f"`word_encoder` must be None for a language model, got {config.word_encoder!r}.")
         super().__init__(config)
         self.model = RNNModel(config)
         self.projection, self.lm_head = vocabulary_projection(config, config.output_size)
@@ -373,7 +400,8 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
             **kwargs | {"use_cache": False},
         )
         refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
-        logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, attention_mask)))
+        mask = self.model.read_mask(input_ids, attention_mask)
+        logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, mask)))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -558,7 +586,7 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
             **kwargs | {"use_cache": False},
         )
         refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
-        pooled = self.pooling(outputs.last_hidden_state, attention_mask)
+        pooled = self.pooling(outputs.last_hidden_state, self.model.read_mask(input_ids, attention_mask))
         logits = self.classifier(self.dropout(pooled)).view(shape[:2])
         loss = None
         if labels is not None:

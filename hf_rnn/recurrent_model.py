@@ -18,6 +18,7 @@ from .checkpoint_files import CheckpointFiles
 from .packed_linear import forget_copies
 from .recurrent_cells import RecurrentCell
 from .recurrent_layer import HiddenStates
+from .word_encoder import WordTable
 
 
 def checkpoint_nested(checkpoint_function: Callable) -> Callable:
@@ -57,7 +58,7 @@ class RecurrentPreTrainedModel(CheckpointFiles, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, RecurrentCell | AttentionScore | CoverageFeatures):
+        if isinstance(module, RecurrentCell | AttentionScore | CoverageFeatures | WordTable):
             module.init_weights(self.config)
         elif isinstance(module, nn.Linear | nn.Conv1d):
             init.xavier_uniform_(module.weight)

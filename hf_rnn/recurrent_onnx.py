@@ -52,7 +52,7 @@ def in_onnx(
     """
     cell_class = RECURRENT_CELLS[cell_type]
     if kept or cell_class.torch_kernel not in ONNX_NODES:
-        return in_scan(inputs, states, weights, kept, mask, cell_type)
+        return in_scan(inputs, states, weights, kept, mask, cell_type)  # without `starts`
     node = ONNX_NODES[cell_class.torch_kernel]
     return _in_node(node, inputs, states, weights, mask, len(cell_class.state_names))
 
@@ -130,8 +130,9 @@ def in_scan(
     starts: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """
-    The operator `recurrent_layer` of the same arguments as the cell's own step in a `scan` for each direction; `starts`
-    are ignored as in [`in_onnx`].
+    The operator `recurrent_layer` of the same arguments as the cell's own step in a `scan` for each direction. Where
+    `starts` are given, each text begins with the initial state; the final states are those of the last text that was
+    read, from right to left the first one.
 
     Raises:
         `ValueError`: Units are dropped.
@@ -149,18 +150,23 @@ def in_scan(
         with torch.device("meta"):
             cell = cell_class(inputs.shape[-1], states[0].shape[-1])
         bare = _BareCell(cell, weights[direction * num_weights : (direction + 1) * num_weights])
-        steps = [bare.run("project_inputs", inputs).transpose(0, 1)]
-        if mask is not None:
-            steps.append(mask.transpose(0, 1).unsqueeze(-1))
-
-        def step(state, step_inputs, bare=bare):
-            new = bare.run("step", step_inputs[0], tuple(state))
-            if mask is not None:
-                new = [torch.where(step_inputs[1], *pair) for pair in zip(new, state)]
-            return list(new), new[0].clone()
-
         # No result of a scan may be one of its arguments.
         initial = [state.clone() for state in states[direction * num_states : (direction + 1) * num_states]]
+        steps = {"inputs": bare.run("project_inputs", inputs).transpose(0, 1)}
+        if mask is not None:
+            steps["is_token"] = mask.transpose(0, 1).unsqueeze(-1)
+        if starts is not None:
+            begins = starts if direction == 0 else torch.nn.functional.pad(starts[:, 1:], (0, 1))
+            steps["begins"] = begins.transpose(0, 1).unsqueeze(-1)
+
+        def step(state, step_inputs, bare=bare, initial=initial):
+            if starts is not None:
+                state = [torch.where(step_inputs["begins"], *pair) for pair in zip(initial, state)]
+            new = bare.run("step", step_inputs["inputs"], tuple(state))
+            if mask is not None:
+                new = [torch.where(step_inputs["is_token"], *pair) for pair in zip(new, state)]
+            return list(new), new[0].clone()
+
         last, shown = scan(step, initial, steps, reverse=direction == 1)
         outputs.append(shown.transpose(0, 1))
         final.extend(last)

@@ -1,0 +1,258 @@
+"""Words made of several tokens, such as characters: where they lie in a row, and one vector for each of them.
+
+A row of tokens is read as a row of words. A word begins at a token that is not marked as a continuation (`##` in the
+tokenizers of words), and its vector takes the place of that token; to the recurrent layers its other tokens are
+padding, which they step over wherever it lies. So the tokens go through tokenizers, collators and pipelines like the
+sub-words of any other model. Imports the layer and the padding.
+"""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .packed_sequences import PackedPadding
+from .recurrent_layer import RecurrentLayer
+from .recurrent_onnx import in_scan
+
+
+class Words(NamedTuple):
+    """Where the words of a batch lie, each a tensor `[batch, seq]`. Padding belongs to the word before it."""
+
+    starts: torch.Tensor  # True at the first token of a word
+    first: torch.Tensor  # the position of the first token of each token's word
+    last: torch.Tensor  # the position of the last one
+    number: torch.Tensor  # which word of the row a token belongs to
+    is_token: torch.Tensor  # False at padding
+
+    def spread(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `[batch, seq, size]` with those of the first token of a word at each of its tokens."""
+        return features.gather(1, self.first.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+
+
+def find_words(
+    input_ids: torch.Tensor,
+    first_continuation_id: int,
+    attention_mask: torch.Tensor | None = None,
+    text_starts: torch.Tensor | None = None,
+) -> Words:
+    """
+    The words of a batch.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, seq)`): The tokens.
+        first_continuation_id (`int`): Tokens from this one on belong to the word before them. The first token of a text
+            begins a word in any case.
+        attention_mask (`torch.Tensor` of shape `(batch, seq)`, *optional*):
+            Non-zero where there is a token. Padding may lie within a word too.
+        text_starts (`torch.Tensor` of shape `(batch, seq)`, *optional*): True where a text begins within a row.
+    """
+    is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    begins = (input_ids < first_continuation_id) | (is_token.long().cumsum(1) == 1)
+    if text_starts is not None:
+        begins = begins | text_starts
+    starts = begins & is_token
+    number = (starts.long().cumsum(1) - 1).clamp(min=0)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(number)
+    nowhere = torch.zeros_like(number)
+    first = nowhere.scatter_reduce(1, number, positions * starts, "amax").gather(1, number)
+    last = nowhere.scatter_reduce(1, number, positions * is_token, "amax").gather(1, number)
+    return Words(starts, first, last, number, is_token)
+
+
+class WordTable(nn.Module):
+    r"""
+    Embeddings of known words, found by how they are spelled.
+
+    A word is known by the number sum_k (t_k + 1) p^k mod 2^64 of its tokens t_k, so that the table needs no words but
+    one integer for each, in ascending order. A word that is not there is looked for once more with every token
+    replaced by its `folded` one, such as a capital by its small letter; if that fails too, it gets the embedding of
+    unknown words, which is the first one.
+
+    Args:
+        vocab_size (`int`): Number of tokens.
+        num_words (`int`): Number of words, the unknown one included.
+        embedding_size (`int`): Width of the embeddings.
+        word_dropout (`float`): Chance to read a known word as unknown while training, from which the embedding of
+            unknown words learns.
+    """
+
+    _FACTOR = 6364136223846793005  # of Knuth's MMIX generator, odd
+    _LONGEST = 64  # further tokens of a word count without their order
+
+    def __init__(self, vocab_size: int, num_words: int, embedding_size: int, word_dropout: float = 0.0):
+        super().__init__()
+        self.word_dropout = word_dropout
+        self.embed_words = nn.Embedding(num_words, embedding_size)
+        self.register_buffer("keys", torch.empty(num_words - 1, dtype=torch.long))
+        self.register_buffer("folded", torch.empty(vocab_size, dtype=torch.long))
+
+    def init_weights(self, config) -> None:
+        """No word is known, no token has another one."""
+        init.constant_(self.keys, torch.iinfo(torch.long).max)
+        init.copy_(self.folded, torch.arange(len(self.folded), device=self.folded.device))
+
+    def word_keys(self, tokens: torch.Tensor, words: Words) -> torch.Tensor:
+        """The numbers `[batch, seq]` by which the words of a row are known, the first word's first; then zeros."""
+        powers = [1]
+        while len(powers) < self._LONGEST:
+            powers.append(powers[-1] * self._FACTOR % 2**64)
+        powers = [power - 2**64 if power >= 2**63 else power for power in powers]
+        tokens_until = words.is_token.long().cumsum(1)
+        place = (tokens_until - tokens_until.gather(1, words.first)).clamp(0, self._LONGEST - 1)
+        parts = (tokens + 1) * torch.tensor(powers, device=tokens.device)[place]
+        return torch.zeros_like(tokens).scatter_add(1, words.number, parts * words.is_token)
+
+    def find(self, keys: torch.Tensor) -> torch.Tensor:
+        """Which embeddings the words with these keys have; 0 for those that are not known."""
+        if torch.onnx.is_in_onnx_export():  # ONNX has no search
+            place = torch.zeros_like(keys)
+            for step in (1 << bit for bit in reversed(range(len(self.keys).bit_length()))):
+                reached = place + step
+                is_below = (reached <= len(self.keys)) & (
+                    self.keys[(reached - 1).clamp(max=len(self.keys) - 1)] <= keys
+                )
+                place = torch.where(is_below, reached, place)
+        else:
+            place = torch.searchsorted(self.keys, keys, right=True)
+        return torch.where((place > 0) & (self.keys[(place - 1).clamp(min=0)] == keys), place, 0)
+
+    def fold(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The folded tokens; tokens that were added to the vocabulary later have no other."""
+        known = len(self.folded)
+        return torch.where(tokens < known, self.folded[tokens.clamp(max=known - 1)], tokens)
+
+    def word_ids(self, tokens: torch.Tensor, words: Words) -> torch.Tensor:
+        """Which embedding each word of a row has `[batch, seq]`, the first word's first; 0 for unknown ones."""
+        found = self.find(self.word_keys(tokens, words))
+        folded = self.find(self.word_keys(self.fold(tokens), words))
+        return torch.where(found > 0, found, folded)
+
+    def forward(self, tokens: torch.Tensor, words: Words) -> torch.Tensor:
+        """Embeddings `[batch, seq, embedding_size]` of the words of rows of `tokens` `[batch, seq]` at every token."""
+        ids = self.word_ids(tokens, words)
+        if self.training and self.word_dropout > 0:
+            ids = ids * (torch.rand(ids.shape, device=ids.device) >= self.word_dropout)
+        return self.embed_words(ids.gather(1, words.number))
+
+
+class CharacterConvolution(nn.Module):
+    r"""
+    A word from its tokens by a convolution over them and the greatest value of each filter: tanh(max_t (W x_(t-k..t+k)
+    + b)), with zeros beyond the word ([Kim et al., 2016](https://huggingface.co/papers/1508.06615), with one width of
+    filters).
+
+    Args:
+        input_size (`int`): Width of the embeddings of tokens.
+        output_size (`int`): Number of filters.
+        width (`int`): Width of a filter in tokens, an odd number.
+    """
+
+    def __init__(self, input_size: int, output_size: int, width: int):
+        super().__init__()
+        self.width = width
+        self.filters = nn.Linear(width * input_size, output_size)
+
+    def forward(self, embeddings: torch.Tensor, words: Words) -> torch.Tensor:
+        """
+        Args:
+            embeddings (`torch.Tensor` of shape `(batch, seq, input_size)`): Those of the tokens.
+            words (`Words`): Where the words lie.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, seq, output_size)`: At every token the vector of its word.
+        """
+        # Here the tokens lie together at the left, whatever padding there was between them.
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device)
+        tokens_until = words.is_token.long().cumsum(1)
+        length = words.is_token.sum(1, keepdim=True)
+        step = torch.where(words.is_token, tokens_until - 1, length + positions - tokens_until)
+        order = torch.zeros_like(step).scatter(1, step, positions.expand_as(step))
+        tokens = embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings))
+        number, valid = words.number.gather(1, order), positions < length
+        around = []
+        for offset in range(-(self.width // 2), self.width // 2 + 1):
+            place = (positions + offset).clamp(min=0).minimum(positions[-1:])
+            is_near = valid[:, place] & (number[:, place] == number) & (place == positions + offset)
+            around.append(tokens[:, place] * is_near.unsqueeze(-1))
+        values = self.filters(torch.cat(around, dim=-1))
+        values = values.masked_fill(~valid.unsqueeze(-1), torch.finfo(values.dtype).min)
+        index = number.unsqueeze(-1).expand_as(values)
+        greatest = torch.zeros_like(values).scatter_reduce(1, index, values, "amax", include_self=False)
+        return torch.tanh(greatest).gather(1, words.number.unsqueeze(-1).expand_as(values))
+
+
+class CharacterRecurrence(nn.Module):
+    r"""
+    A word from its tokens by a recurrent layer that reads them in both directions: its two final hidden states
+    ([Lample et al., 2016](https://huggingface.co/papers/1603.01360)).
+
+    Args:
+        input_size (`int`): Width of the embeddings of tokens.
+        output_size (`int`): Width of both hidden states together.
+        cell_type (`str`): A key of `RECURRENT_CELLS`.
+    """
+
+    def __init__(self, input_size: int, output_size: int, cell_type: str):
+        super().__init__()
+        self.cell_type = cell_type
+        layer = {"hidden_size": output_size // 2, "hidden_dropout": 0.0, "recurrent_dropout": 0.0, "residual": False}
+        self.layer = RecurrentLayer(SimpleNamespace(cell_type=cell_type, **layer), input_size, 0, bidirectional=True)
+        self.layer.recorded = nn.Identity()  # not one of the hidden states of the model
+
+    def forward(self, embeddings: torch.Tensor, words: Words) -> torch.Tensor:
+        """As [`CharacterConvolution.forward`]."""
+        if embeddings.shape[1] == 0:
+            return embeddings.new_empty(*embeddings.shape[:2], self.layer.output_size)
+        begins_behind = words.starts & (words.number > 0)
+        if torch.onnx.is_in_onnx_export():
+            state = self.layer.initial_state(embeddings)
+            weights = [weight for cell in self.layer.cells for weight in (*cell.parameters(), *cell.buffers())]
+            outputs = in_scan(embeddings, state, weights, [], words.is_token, self.cell_type, begins_behind)[0]
+        else:
+            padding = PackedPadding(begins_behind, words.is_token)
+            outputs = self.layer(embeddings, None, padding, needs_state=False)[0]
+        forwards, backwards = outputs.chunk(2, dim=-1)
+        index = words.last.unsqueeze(-1).expand_as(forwards)
+        return torch.cat([forwards.gather(1, index), words.spread(backwards)], dim=-1)
+
+
+class WordEncoder(nn.Module):
+    r"""
+    The vector of each word: what its tokens make, with the embedding of the word beside it where there is a table of
+    words.
+
+    Args:
+        config (`RNNConfig`): A configuration with a `word_encoder`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.word_encoder == "cnn":
+            self.characters = CharacterConvolution(
+                config.embedding_size, config.word_encoder_size, config.word_encoder_width
+            )
+        else:
+            self.characters = CharacterRecurrence(config.embedding_size, config.word_encoder_size, config.word_encoder)
+        self.table = None
+        if config.word_vocab_size > 0:
+            self.table = WordTable(
+                config.vocab_size, config.word_vocab_size, config.word_embedding_size, config.word_dropout
+            )
+
+    def forward(self, input_ids: torch.Tensor, embeddings: torch.Tensor, words: Words) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, seq)`): The tokens.
+            embeddings (`torch.Tensor` of shape `(batch, seq, embedding_size)`): Their embeddings.
+            words (`Words`): Where the words lie.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, seq, size)`: At every token the vector of its word.
+        """
+        features = self.characters(embeddings, words)
+        if self.table is None:
+            return features
+        return torch.cat([features, self.table(input_ids, words).to(features.dtype)], dim=-1)
