@@ -114,10 +114,10 @@ class RecurrenceArguments:
     )
 
 
-def load_pretrained(auto_class: type, name: str) -> Any:
-    """`auto_class.from_pretrained(name)`; `UsageError` where that is not possible."""
+def load_pretrained(auto_class: type, name: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained(name)` with these options; `UsageError` where that is not possible."""
     try:
-        return auto_class.from_pretrained(name)
+        return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
 

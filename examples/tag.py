@@ -1,0 +1,509 @@
+"""Trains a tagger with `Trainer`: parts of speech, names, or the slots of a query together with its intent.
+
+    python examples/tag.py                                             # slots and intents, on the data beside this script
+    python examples/tag.py --train_file train.conllu --validation_file dev.conllu --test_file test.conllu
+    python examples/tag.py --do_train false --model_name_or_path FOLDER --predict_file sentences.txt
+
+Words are spelled in bytes: a convolution or a recurrence over them makes a vector of each word, beside the embedding of
+the word where it is frequent (`--word_encoder`, `--min_word_count`). Files are read as `tagged_text.py` says. Tags that
+begin with `B-` and `I-` are scored as entities (seqeval), others by accuracy. The output folder gets the model with its
+tokenizer, checkpoints, scores (`all_results.json`), and the tags of the test data (`test_predictions.conll`).
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+from hf_rnn import RNNConfig
+from hf_rnn.training import first_continuation_id, frequent_words, make_word_tokenizer, set_word_table, whole_words
+from tagged_text import Sentence, read_sentences, sentences_from_hub
+from text_pairs import DataError, read_lines
+from training_helpers import (
+    MixedPrecisionArguments,
+    RecurrenceArguments,
+    SeedSamplerByEpoch,
+    StopOnSignal,
+    UsageError,
+    average_checkpoints,
+    checkpoint_to_resume,
+    load_pretrained,
+    parse_arguments,
+    report_stop,
+    run_script,
+    say,
+)
+
+
+DEFAULT_DATA = Path(__file__).parent / "data"
+DEFAULT_FILES = {"train": DEFAULT_DATA / "snips.train.jsonl.gz", "validation": DEFAULT_DATA / "snips.dev.jsonl.gz"}
+IGNORED = -100
+
+
+@dataclass
+class ModelArguments(RecurrenceArguments):
+    """A model to start from, or the shape of a new one: the fields of `RNNConfig`."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to train further, or with --do_train false to tag with."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer of sub-words; otherwise the model's, or words spelled in bytes."}
+    )
+    hidden_size: int = field(default=200, metadata={"help": "Width of the hidden state, per direction."})
+    num_hidden_layers: int = field(default=1, metadata={"help": "Recurrent layers."})
+    bidirectional: bool = field(default=True, metadata={"help": "Whether sentences are read both ways."})
+    use_crf: bool = field(default=True, metadata={"help": "Tags by the best path (a conditional random field)."})
+    word_encoder: str | None = field(
+        default="cnn", metadata={"help": "What reads the bytes of a word: cnn, lstm, gru, rnn_tanh, rnn_relu."}
+    )
+    embedding_size: int = field(default=32, metadata={"help": "Width of the embeddings of bytes (or of sub-words)."})
+    word_encoder_size: int = field(default=100, metadata={"help": "Width of what is made of the bytes of a word."})
+    word_encoder_width: int = field(default=3, metadata={"help": "Width of the filters of cnn, an odd number."})
+    word_embedding_size: int = field(default=100, metadata={"help": "Width of the embeddings of known words."})
+    min_word_count: int = field(default=2, metadata={"help": "How often a word occurs that has an embedding."})
+    max_words: int | None = field(default=None, metadata={"help": "Most words with an embedding; 0 for none."})
+    word_dropout: float = field(default=0.1, metadata={"help": "Chance to read a known word as unknown in training."})
+    embedding_dropout: float = field(default=0.3, metadata={"help": "Dropout on the vectors of words."})
+    output_dropout: float = field(default=0.3, metadata={"help": "Dropout on the output of the last layer."})
+    pooling: str = field(default="max", metadata={"help": "What intents are read from: last, mean, max, ..."})
+
+
+@dataclass
+class DataArguments:
+    """Where the sentences are, and which of them to use."""
+
+    train_file: str | None = field(default=None, metadata={"help": "conllu, conll, tsv, txt or json lines (also .gz)."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "As train_file; default: some sentences held out of the training data."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "As train_file; default: the validation data."})
+    predict_file: str | None = field(
+        default=None, metadata={"help": "Sentences to tag at the end: a text per line (.txt), or as train_file."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set of the Hub with the splits train, validation and test."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    word_column: str | None = field(default=None, metadata={"help": "Column of words, see tagged_text.py."})
+    tag_column: str | None = field(default=None, metadata={"help": "Column of tags, such as upos or xpos."})
+    use_intents: bool = field(default=True, metadata={"help": "Learn the intents of sentences where they are given."})
+    lower_case: bool = field(default=False, metadata={"help": "Write everything in small letters first."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training sentences."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation sentences."})
+    num_samples_to_show: int = field(default=5, metadata={"help": "Tagged sentences printed at the end."})
+
+
+@dataclass
+class TaggingArguments(MixedPrecisionArguments, TrainingArguments):
+    """`TrainingArguments` with defaults for a small tagger on a CPU."""
+
+    output_dir: str | None = field(default="outputs/tagger", metadata={"help": "Where everything is written."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a folder that is not empty."})
+    bf16: bool = field(default=False, metadata={"help": "Mixed precision."})
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to score the validation data after training."})
+    do_predict: bool = field(default=True, metadata={"help": "Whether to tag the test data at the end."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sentences per step and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sentences per evaluation batch."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training data."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Longest gradient."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length, random, sequential or batch_rebalance."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to score the validation data."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint."})
+    metric_for_best_model: str | None = field(
+        default="score", metadata={"help": "What best means; score: F1 of entities, or accuracy."}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "For the metric."})
+    average_checkpoints: int = field(
+        default=1, metadata={"help": "The final model is the mean of this many last checkpoints."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave as it is: the sampler needs `length`."})
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
+    report_to: str | None = field(default="none", metadata={"help": "Where to log to besides."})
+
+
+class TokenCollator(DataCollatorForTokenClassification):
+    """Pads a batch; what only the sampler reads is left out."""
+
+    def torch_call(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        kept = ("input_ids", "attention_mask", "labels", "intents")
+        return super().torch_call([{name: row[name] for name in kept if name in row} for row in features])
+
+
+def load_sentences(args: DataArguments, training: bool, seed: int) -> dict[str, list[Sentence]]:
+    """Sentences of `"train"` (when training), `"validation"` and `"test"`; without validation data some are held out."""
+    given = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    splits = [split for split in given if training or split != "train"]
+    sentences = {}
+    if args.dataset_name is not None:
+        if any(given.values()):
+            raise UsageError("--dataset_name and --*_file exclude each other")
+        for split in splits:
+            try:
+                sentences[split] = sentences_from_hub(
+                    args.dataset_name, args.dataset_config_name, split, args.word_column, args.tag_column
+                )
+            except DataError:
+                if split == "train" or (split == "validation" and not training):
+                    raise
+    else:
+        if not any(given.values()) and args.predict_file is None:
+            given |= {split: str(path) for split, path in DEFAULT_FILES.items()}
+        tokenizer = make_word_tokenizer().backend_tokenizer
+
+        def split_text(text: str) -> list[tuple[int, int]]:
+            return [span for _, span in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+        for split in splits:
+            if given[split] is not None:
+                sentences[split] = read_sentences(given[split], args.word_column, args.tag_column, split=split_text)
+    if training and "train" not in sentences:
+        raise UsageError("there is no --train_file to train on (--do_train false tags without training)")
+    rng = np.random.default_rng(seed)
+    if training and "validation" not in sentences:
+        order = rng.permutation(len(sentences["train"]))
+        held_out = min(1000, len(order) // 10)
+        if held_out == 0:
+            raise UsageError("too few training sentences to hold any out: give a --validation_file")
+        train = sentences["train"]
+        sentences["validation"] = [train[index] for index in order[:held_out]]
+        sentences["train"] = [train[index] for index in sorted(order[held_out:])]
+        say(f"No validation data: {held_out} sentences are held out of the training data.")
+    if "test" not in sentences and "validation" in sentences:
+        say("No test data: the validation data are tagged in their place.")
+        sentences["test"] = sentences["validation"]
+    if "validation" not in sentences and "test" in sentences:
+        sentences["validation"] = sentences["test"]
+    for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
+        if split in sentences and limit is not None and limit < len(sentences[split]):
+            chosen = sorted(rng.choice(len(sentences[split]), limit, replace=False))
+            sentences[split] = [sentences[split][index] for index in chosen]
+    if args.lower_case:
+        for split, rows in sentences.items():
+            sentences[split] = [row._replace(words=[word.lower() for word in row.words]) for row in rows]
+    return sentences
+
+
+def label_names(sentences: Sequence[Sentence]) -> list[str]:
+    """The tags in order, `O` first."""
+    return sorted({tag for sentence in sentences for tag in sentence.tags}, key=lambda tag: (tag != "O", tag))
+
+
+def intent_names(sentences: Sequence[Sentence]) -> list[str]:
+    """The intents in order; none where a sentence has none."""
+    intents = {sentence.intent for sentence in sentences}
+    return [] if None in intents else sorted(intents)
+
+
+def encode(sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Dataset:
+    """Token ids, and for the first token of each word its label; `intents` where the model has any, and `length`."""
+    label2id = model.config.label2id
+    intent2id = {name: index for index, name in (getattr(model.config, "id2intent", None) or {}).items()}
+    # White space within a word would part it.
+    words = [["".join(word.split()) or "?" for word in sentence.words] for sentence in sentences]
+    encoded = whole_words(tokenizer)(words, is_split_into_words=True)
+    labels = []
+    for index, sentence in enumerate(sentences):
+        row, before = [], None
+        for word in encoded.word_ids(index):
+            is_first = word is not None and word != before
+            row.append(label2id.get(sentence.tags[word], 0) if is_first and sentence.tags else IGNORED)
+            before = word
+        labels.append(row)
+    columns = {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "labels": labels,
+        "length": [len(sentence.words) for sentence in sentences],
+    }
+    if intent2id:
+        columns["intents"] = [intent2id.get(sentence.intent, 0) for sentence in sentences]
+    return Dataset.from_dict(columns)
+
+
+def make_tokenizer(args: ModelArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run to resume, the one asked for, the model's, or one of words spelled in bytes."""
+    name = checkpoint or args.tokenizer_name or args.model_name_or_path
+    return make_word_tokenizer() if name is None else load_pretrained(AutoTokenizer, name)
+
+
+def make_model(
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: dict[str, list[Sentence]],
+    use_intents: bool,
+) -> PreTrainedModel:
+    """The model to train further, or a new one with the fields of `args` and the labels of the training data."""
+    if args.model_name_or_path is not None and "train" not in sentences:
+        return load_pretrained(AutoModelForTokenClassification, args.model_name_or_path)
+    labels = label_names(sentences["train"])
+    fields: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: i for i, name in enumerate(labels)},
+    }
+    if use_intents and (intents := intent_names(sentences["train"])):
+        fields["id2intent"] = dict(enumerate(intents))
+    if args.model_name_or_path is not None:
+        return load_pretrained(AutoModelForTokenClassification, args.model_name_or_path, **fields)
+    not_in_config = (
+        "model_name_or_path",
+        "tokenizer_name",
+        "config_overrides",
+        "min_word_count",
+        "max_words",
+    )
+    fields |= {name: value for name, value in vars(args).items() if name not in not_in_config}
+    words = []
+    try:
+        if args.word_encoder is not None:
+            fields["first_continuation_id"] = first_continuation_id(tokenizer)
+            if args.max_words != 0:
+                seen = (word for sentence in sentences["train"] for word in sentence.words)
+                words = frequent_words(seen, args.min_word_count, args.max_words)
+                fields["word_vocab_size"] = len(words) + 1 if words else 0
+        fields |= json.loads(args.config_overrides or "{}")
+        config = RNNConfig(
+            **fields
+            | {
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    model = AutoModelForTokenClassification.from_config(config)
+    if words:
+        set_word_table(model, tokenizer, words)
+    return model
+
+
+def is_entity_scheme(labels: Sequence[str]) -> bool:
+    """Whether tags mark entities: all but `O` begin with a letter and a hyphen, one of them with `B-`."""
+    tags = [label for label in labels if label != "O"]
+    return any(tag.startswith("B-") for tag in tags) and all(tag[1:2] == "-" for tag in tags)
+
+
+def score_tags(predicted: list[list[str]], right: list[list[str]], labels: Sequence[str]) -> dict[str, float]:
+    """Accuracy over words in per cent, and for entities precision, recall and F1 of seqeval; `score` is the main one."""
+    pairs = [pair for rows in zip(predicted, right, strict=True) for pair in zip(*rows, strict=True)]
+    scores = {"accuracy": 100 * sum(first == second for first, second in pairs) / max(len(pairs), 1)}
+    if is_entity_scheme(labels):
+        from seqeval.metrics import f1_score, precision_score, recall_score
+
+        for name, function in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+            scores[name] = 100 * float(function(right, predicted, zero_division=0))
+    return scores | {"score": scores.get("f1", scores["accuracy"])}
+
+
+def make_metrics(model: PreTrainedModel):
+    """What `Trainer` scores an evaluation with."""
+    id2label = model.config.id2label
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        outputs, labels = prediction.predictions, prediction.label_ids
+        intents = None
+        if isinstance(labels, tuple):
+            (outputs, intent_outputs), (labels, intents) = outputs, labels
+        right = [[id2label[i] for i in row[row != IGNORED].tolist()] for row in labels]
+        predicted = [[id2label[i] for i in row[wanted].tolist()] for row, wanted in zip(outputs, labels != IGNORED)]
+        scores = score_tags(predicted, right, list(id2label.values()))
+        if intents is not None:
+            is_right = intent_outputs == intents
+            scores["intent_accuracy"] = 100 * float(is_right.mean())
+            whole = [good and first == second for good, first, second in zip(is_right, predicted, right)]
+            scores["whole_accuracy"] = 100 * float(np.mean(whole))
+        return scores
+
+    return compute_metrics
+
+
+def best_labels(logits: Any, labels: Any) -> Any:
+    """The best label of each token (and the best intent); those of a CRF's logits are its best path."""
+    if isinstance(logits, tuple):
+        return tuple(part.argmax(-1) for part in logits[:2])
+    return logits.argmax(-1)
+
+
+@torch.no_grad()
+def tag_sentences(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], batch_size: int
+) -> list[tuple[list[str], str | None]]:
+    """The tags of the words of each sentence, and its intent where the model has any."""
+    model.eval()
+    rows = encode([sentence._replace(tags=None) for sentence in sentences], tokenizer, model)
+    first = encode(
+        [sentence._replace(tags=[model.config.id2label[0]] * len(sentence.words)) for sentence in sentences],
+        tokenizer,
+        model,
+    )["labels"]
+    results: dict[int, tuple[list[str], str | None]] = {}
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    names = ("input_ids", "attention_mask")
+    for start in tqdm(range(0, len(order), batch_size), desc="tagging", unit=" batches"):
+        batch = order[start : start + batch_size]
+        inputs = tokenizer.pad([{name: rows[index][name] for name in names} for index in batch], return_tensors="pt")
+        outputs = model(**inputs.to(model.device))
+        tags, intents = outputs.logits.argmax(-1), getattr(outputs, "intent_logits", None)
+        for row, index in enumerate(batch):
+            found = [model.config.id2label[tags[row, i].item()] for i, label in enumerate(first[index]) if label == 0]
+            intent = None if intents is None else model.config.id2intent[intents[row].argmax().item()]
+            results[index] = found, intent
+    return [results[index] for index in range(len(rows))]
+
+
+def report(
+    sentences: Sequence[Sentence], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TaggingArguments
+) -> dict[str, float]:
+    """Tags the test sentences, writes them beside their right tags, and returns the scores."""
+    started = time.perf_counter()
+    results = tag_sentences(model, tokenizer, sentences, args.per_device_eval_batch_size)
+    seconds = time.perf_counter() - started
+    predicted, right = [tags for tags, _ in results], [sentence.tags for sentence in sentences]
+    labels = sorted({*model.config.id2label.values(), *(tag for tags in right for tag in tags)})
+    scores = score_tags(predicted, right, labels)
+    if any(intent is not None for _, intent in results):
+        good = [intent == sentence.intent for (_, intent), sentence in zip(results, sentences)]
+        scores["intent_accuracy"] = 100 * float(np.mean(good))
+        whole = [first and tags == sentence.tags for first, (tags, _), sentence in zip(good, results, sentences)]
+        scores["whole_accuracy"] = 100 * float(np.mean(whole))
+    scores |= {"samples": len(sentences), "sentences_per_second": len(sentences) / seconds}
+    with open(Path(args.output_dir) / "test_predictions.conll", "w", encoding="utf-8") as file:
+        for sentence, (tags, intent) in zip(sentences, results):
+            if intent is not None:
+                file.write(f"# intent = {sentence.intent} predicted = {intent}\n")
+            file.writelines(f"{word}\t{tag}\t{own}\n" for word, tag, own in zip(sentence.words, sentence.tags, tags))
+            file.write("\n")
+    if is_entity_scheme(labels):
+        from seqeval.metrics import classification_report
+
+        say(classification_report(right, predicted, digits=3, zero_division=0))
+    return {f"test_{name}": round(value, 4) for name, value in scores.items()}
+
+
+def predict(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TaggingArguments) -> None:
+    """Tags the sentences of a file and writes them as `predictions.conll` into the output folder."""
+    if path.lower().removesuffix(".gz").endswith(".txt"):
+        tokenize = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+        texts = [line.strip() for _, line in read_lines(path) if line.strip()]
+        words = [[text[start:end] for _, (start, end) in tokenize(text)] for text in texts]
+        sentences = [Sentence(row, None) for row in words if row]
+    else:
+        sentences = read_sentences(path, needs_tags=False)
+    if not sentences:
+        raise DataError(path, None, "no sentences in this file")
+    results = tag_sentences(model, tokenizer, sentences, args.per_device_eval_batch_size)
+    out = Path(args.output_dir) / "predictions.conll"
+    with open(out, "w", encoding="utf-8") as file:
+        for sentence, (tags, intent) in zip(sentences, results):
+            if intent is not None:
+                file.write(f"# intent = {intent}\n")
+            file.writelines(f"{word}\t{tag}\n" for word, tag in zip(sentence.words, tags))
+            file.write("\n")
+    say(f"{len(sentences)} tagged sentences: {out}")
+
+
+def show(sentences: Sequence[Sentence], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some sentences through the stock pipeline."""
+    tagger = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")
+    for sentence in sentences:
+        text = " ".join(sentence.words)
+        groups = [f"[{group['word']} {group['entity_group']} {group['score']:.2f}]" for group in tagger(text)]
+        say(f"\n{text}\n  {' '.join(groups)}")
+
+
+def main() -> int | None:
+    arguments = parse_arguments((ModelArguments, DataArguments, TaggingArguments))
+    model_args, data_args, training_args = arguments
+    training = training_args.do_train
+    if not training and model_args.model_name_or_path is None:
+        raise UsageError("--do_train false needs a --model_name_or_path")
+    set_seed(training_args.seed)
+    sentences = load_sentences(data_args, training, training_args.seed)
+    say(" · ".join(f"{split} {len(rows)} sentences" for split, rows in sentences.items()))
+    checkpoint = checkpoint_to_resume(training_args) if training else None
+    tokenizer = make_tokenizer(model_args, checkpoint)
+    model = make_model(model_args, tokenizer, sentences, data_args.use_intents)
+    say(f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.config.num_labels} tags")
+    has_intents = getattr(model.config, "id2intent", None) is not None
+    training_args.label_names = ["labels", "intents"] if has_intents else ["labels"]
+    stop = StopOnSignal()
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=encode(sentences["train"], tokenizer, model) if training else None,
+        eval_dataset=encode(sentences["validation"], tokenizer, model) if "validation" in sentences else None,
+        data_collator=TokenCollator(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=make_metrics(model),
+        preprocess_logits_for_metrics=best_labels,
+        callbacks=[stop, SeedSamplerByEpoch()],
+    )
+    if training:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.requested:
+            report_stop(trainer)
+            return 130
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        if training_args.average_checkpoints > 1:
+            names = average_checkpoints(trainer.model, training_args.output_dir, training_args.average_checkpoints)
+            say(f"The model is the mean of {', '.join(names)}.")
+    if training_args.do_eval and "validation" in sentences:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if training:
+        trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if training_args.process_index != 0:
+        return None
+    name = training_args.output_dir if training else model_args.model_name_or_path
+    model = AutoModelForTokenClassification.from_pretrained(name).to(training_args.device)
+    if training:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+    if training_args.do_predict and "test" in sentences:
+        metrics = report(sentences["test"], model, tokenizer, training_args)
+        trainer.log_metrics("test", metrics)
+        trainer.save_metrics("test", metrics)
+        show(sentences["test"][: data_args.num_samples_to_show], model, tokenizer)
+    if data_args.predict_file is not None:
+        predict(data_args.predict_file, model, tokenizer, training_args)
+    say(f"Model, scores and tags: {training_args.output_dir}")
+    return None
+
+
+if __name__ == "__main__":
+    run_script(main)
