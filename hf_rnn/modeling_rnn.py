@@ -88,9 +88,9 @@ class RNNModel(RNNPreTrainedModel):
     At padded positions the state of a row stays as it is and the output repeats the last one, wherever the padding
     lies. With one direction the state travels in `past_key_values`; with two directions there is none to carry.
 
-    With a `word_encoder` the layers read words, see [`WordEncoder`]: the tokens of a word but the first are padding to
-    them. `last_hidden_state` has the output of a word at each of its tokens. A word is read as a whole, so that there
-    is no state to go on from.
+    With a `word_encoder` the layers read words, see [`WordEncoder`], and whatever the model returns has what belongs to
+    a word at each of its tokens (at padding, what belongs to the word before it). A word is read as a whole, so that
+    there is no state to go on from.
 
     Args:
         config (`RNNConfig`): The configuration.
@@ -107,7 +107,6 @@ class RNNModel(RNNPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -156,8 +155,71 @@ class RNNModel(RNNPreTrainedModel):
         """
         past_key_values = given_cache(past_key_values, cache)
         inputs_embeds = embed_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds)
-        if self.word_encoder is not None and input_ids is None:
+        batch_size, seq_length = inputs_embeds.shape[:2]
+        padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
+        mask = None if padding is None else padding.mask
+        refuse_other_boundaries(position_ids, kwargs)
+        starts = find_text_starts(position_ids, batch_size, seq_length, mask)
+        if starts is not None:
+            starts = starts.to(inputs_embeds.device)
+        kwargs |= {"past_key_values": past_key_values, "use_cache": use_cache}
+        if output_gates is not None:
+            kwargs["output_gates"] = output_gates
+        if self.word_encoder is not None:
+            return self._read_words(input_ids, inputs_embeds, mask, starts, **kwargs)
+        return self._read(inputs_embeds, padding, starts, **kwargs)
+
+    def _read_words(
+        self,
+        input_ids: torch.Tensor | None,
+        embeddings: torch.Tensor,
+        mask: torch.Tensor | None,
+        starts: torch.Tensor | None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast | tuple:
+        """[`RNNModel._read`] of the words of tokens, with what it made of each word at its tokens."""
+        if input_ids is None:
             raise ValueError("`input_ids` must be given where `word_encoder` is set: embeddings do not show the words.")
+        words = find_words(input_ids, self.config.first_continuation_id, mask, starts)
+        vectors = self.word_encoder(input_ids, embeddings, words)
+        padding = Padding.from_attention_mask(words.is_word, vectors)
+        if starts is not None:
+            nowhere = torch.zeros_like(words.first)
+            starts = nowhere.scatter_reduce(1, words.number, starts.long(), "amax").bool()
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        outputs = self._read(vectors, padding, starts, return_dict=True, **kwargs)
+        outputs.last_hidden_state = words.spread(outputs.last_hidden_state)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(
+                None if states is None else words.spread(states) for states in outputs.hidden_states
+            )
+        if outputs.get("gates") is not None:
+            is_token = words.is_token.unsqueeze(-1)
+            outputs.gates = tuple(
+                {name: words.spread(values) * is_token for name, values in gates.items()} for gates in outputs.gates
+            )
+        return outputs if return_dict else outputs.to_tuple()
+
+    @capture_outputs
+    def _read(
+        self,
+        inputs_embeds: torch.Tensor,
+        padding: Padding | None,
+        starts: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_gates: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        The recurrent layers over vectors `(batch, seq, input_size)`.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch, seq, input_size)`): The vectors.
+            padding (`Padding`, *optional*): Where the tokens lie.
+            starts (`torch.Tensor` of shape `(batch, seq)`, *optional*): True where a text begins within a row.
+            past_key_values, use_cache, output_gates: As in [`RNNModel.forward`].
+        """
         has_state = not self.config.bidirectional and self.word_encoder is None
         if not has_state and past_key_values is not None:
             reason = "`bidirectional` is True" if self.config.bidirectional else "`word_encoder` is set"
@@ -165,10 +227,6 @@ class RNNModel(RNNPreTrainedModel):
         if not has_state:
             use_cache = False
         batch_size, seq_length = inputs_embeds.shape[:2]
-        padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
-        mask = None if padding is None else padding.mask
-        refuse_other_boundaries(position_ids, kwargs)
-        starts = find_text_starts(position_ids, batch_size, seq_length, mask)
         if starts is not None and not torch.compiler.is_compiling():
             if past_key_values is not None or use_cache:
                 raise ValueError(
@@ -176,14 +234,8 @@ class RNNModel(RNNPreTrainedModel):
                     "at 0 within a row: several texts in one row have no state to go on from."
                 )
             use_cache = False
-        words = None
-        if self.word_encoder is not None:
-            words = find_words(input_ids, self.config.first_continuation_id, mask, starts)
-            inputs_embeds = self.word_encoder(input_ids, inputs_embeds, words)
-            mask = words.starts
-            padding = Padding.from_attention_mask(mask, inputs_embeds)
         if starts is not None and past_key_values is None:
-            padding = PackedPadding(starts.to(inputs_embeds.device), mask)
+            padding = PackedPadding(starts, None if padding is None else padding.mask)
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
         needs_gates = bool(getattr(self.config, "output_gates", False) if output_gates is None else output_gates)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
@@ -196,8 +248,6 @@ class RNNModel(RNNPreTrainedModel):
                 hidden_states, state, padding, target is not None, recording, needs_gates
             )
             write_state(target, layer_idx, new_state, seq_length, history, state)
-        if words is not None:
-            hidden_states = words.spread(hidden_states)
         output_class = RNNModelOutput if needs_gates else BaseModelOutputWithPast
         return output_class(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
 

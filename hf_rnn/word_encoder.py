@@ -1,9 +1,8 @@
 """Words made of several tokens, such as characters: where they lie in a row, and one vector for each of them.
 
-A row of tokens is read as a row of words. A word begins at a token that is not marked as a continuation (`##` in the
-tokenizers of words), and its vector takes the place of that token; to the recurrent layers its other tokens are
-padding, which they step over wherever it lies. So the tokens go through tokenizers, collators and pipelines like the
-sub-words of any other model. Imports the layer and the padding.
+A word begins at a token that is not marked as a continuation (`##` in the tokenizers of words). The recurrent layers
+read the words of a row one behind the other; what they make of a word is shown at each of its tokens. So the tokens go
+through tokenizers, collators and pipelines like the sub-words of any other model. Imports the layer and the padding.
 """
 
 from types import SimpleNamespace
@@ -19,17 +18,24 @@ from .recurrent_onnx import in_scan
 
 
 class Words(NamedTuple):
-    """Where the words of a batch lie, each a tensor `[batch, seq]`. Padding belongs to the word before it."""
+    """
+    Where the words of a batch lie. Padding belongs to the word before it, at the beginning of a row to the first one.
+    """
 
-    starts: torch.Tensor  # True at the first token of a word
-    first: torch.Tensor  # the position of the first token of each token's word
-    last: torch.Tensor  # the position of the last one
-    number: torch.Tensor  # which word of the row a token belongs to
-    is_token: torch.Tensor  # False at padding
+    number: torch.Tensor  # [batch, seq], which word of the row a token belongs to, from 0
+    is_token: torch.Tensor  # [batch, seq], False at padding
+    starts: torch.Tensor  # [batch, seq], True at the first token of a word
+    is_word: torch.Tensor  # [batch, words], False behind the last word of a row
+    first: torch.Tensor  # [batch, words], the position of the first token of a word; 0 where there is no word
+    last: torch.Tensor  # [batch, words], the position of the last one
 
     def spread(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `[batch, seq, size]` with those of the first token of a word at each of its tokens."""
-        return features.gather(1, self.first.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+        """Features of words `[batch, words, size]` at each of their tokens `[batch, seq, size]`."""
+        return features.gather(1, self.number.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+
+    def gather(self, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Features of tokens `[batch, seq, size]` at one position for each word `[batch, words]`."""
+        return features.gather(1, positions.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
 
 
 def find_words(
@@ -39,7 +45,8 @@ def find_words(
     text_starts: torch.Tensor | None = None,
 ) -> Words:
     """
-    The words of a batch.
+    The words of a batch. In the graph of a compiler or an exporter there is room for as many words as tokens, otherwise
+    for those of the longest row.
 
     Args:
         input_ids (`torch.Tensor` of shape `(batch, seq)`): The tokens.
@@ -57,9 +64,14 @@ def find_words(
     number = (starts.long().cumsum(1) - 1).clamp(min=0)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(number)
     nowhere = torch.zeros_like(number)
-    first = nowhere.scatter_reduce(1, number, positions * starts, "amax").gather(1, number)
-    last = nowhere.scatter_reduce(1, number, positions * is_token, "amax").gather(1, number)
-    return Words(starts, first, last, number, is_token)
+    first = nowhere.scatter_reduce(1, number, positions * starts, "amax")
+    last = nowhere.scatter_reduce(1, number, positions * is_token, "amax")
+    count = starts.sum(1, keepdim=True)
+    is_word = positions < count
+    if not torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export() and count.numel() > 0:
+        most = max(int(count.max()), 1)
+        is_word, first, last = is_word[:, :most], first[:, :most], last[:, :most]
+    return Words(number, is_token, starts, is_word, first, last)
 
 
 class WordTable(nn.Module):
@@ -95,15 +107,16 @@ class WordTable(nn.Module):
         init.copy_(self.folded, torch.arange(len(self.folded), device=self.folded.device))
 
     def word_keys(self, tokens: torch.Tensor, words: Words) -> torch.Tensor:
-        """The numbers `[batch, seq]` by which the words of a row are known, the first word's first; then zeros."""
+        """The numbers `[batch, words]` by which the words of rows of `tokens` `[batch, seq]` are known."""
         powers = [1]
         while len(powers) < self._LONGEST:
             powers.append(powers[-1] * self._FACTOR % 2**64)
         powers = [power - 2**64 if power >= 2**63 else power for power in powers]
         tokens_until = words.is_token.long().cumsum(1)
-        place = (tokens_until - tokens_until.gather(1, words.first)).clamp(0, self._LONGEST - 1)
-        parts = (tokens + 1) * torch.tensor(powers, device=tokens.device)[place]
-        return torch.zeros_like(tokens).scatter_add(1, words.number, parts * words.is_token)
+        before = tokens_until.gather(1, words.first).gather(1, words.number)
+        place = (tokens_until - before).clamp(0, self._LONGEST - 1)
+        parts = (tokens + 1) * torch.tensor(powers, device=tokens.device)[place] * words.is_token
+        return torch.zeros_like(words.first).scatter_add(1, words.number, parts)
 
     def find(self, keys: torch.Tensor) -> torch.Tensor:
         """Which embeddings the words with these keys have; 0 for those that are not known."""
@@ -125,17 +138,17 @@ class WordTable(nn.Module):
         return torch.where(tokens < known, self.folded[tokens.clamp(max=known - 1)], tokens)
 
     def word_ids(self, tokens: torch.Tensor, words: Words) -> torch.Tensor:
-        """Which embedding each word of a row has `[batch, seq]`, the first word's first; 0 for unknown ones."""
+        """Which embedding each word of a row has `[batch, words]`; 0 for unknown ones."""
         found = self.find(self.word_keys(tokens, words))
         folded = self.find(self.word_keys(self.fold(tokens), words))
         return torch.where(found > 0, found, folded)
 
     def forward(self, tokens: torch.Tensor, words: Words) -> torch.Tensor:
-        """Embeddings `[batch, seq, embedding_size]` of the words of rows of `tokens` `[batch, seq]` at every token."""
+        """Embeddings `[batch, words, embedding_size]` of the words of rows of `tokens` `[batch, seq]`."""
         ids = self.word_ids(tokens, words)
         if self.training and self.word_dropout > 0:
             ids = ids * (torch.rand(ids.shape, device=ids.device) >= self.word_dropout)
-        return self.embed_words(ids.gather(1, words.number))
+        return self.embed_words(ids)
 
 
 class CharacterConvolution(nn.Module):
@@ -162,7 +175,7 @@ class CharacterConvolution(nn.Module):
             words (`Words`): Where the words lie.
 
         Returns:
-            `torch.Tensor` of shape `(batch, seq, output_size)`: At every token the vector of its word.
+            `torch.Tensor` of shape `(batch, words, output_size)`.
         """
         # Here the tokens lie together at the left, whatever padding there was between them.
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)
@@ -180,8 +193,8 @@ class CharacterConvolution(nn.Module):
         values = self.filters(torch.cat(around, dim=-1))
         values = values.masked_fill(~valid.unsqueeze(-1), torch.finfo(values.dtype).min)
         index = number.unsqueeze(-1).expand_as(values)
-        greatest = torch.zeros_like(values).scatter_reduce(1, index, values, "amax", include_self=False)
-        return torch.tanh(greatest).gather(1, words.number.unsqueeze(-1).expand_as(values))
+        greatest = values.new_zeros(*words.first.shape, values.shape[-1])
+        return torch.tanh(greatest.scatter_reduce(1, index, values, "amax", include_self=False))
 
 
 class CharacterRecurrence(nn.Module):
@@ -205,7 +218,7 @@ class CharacterRecurrence(nn.Module):
     def forward(self, embeddings: torch.Tensor, words: Words) -> torch.Tensor:
         """As [`CharacterConvolution.forward`]."""
         if embeddings.shape[1] == 0:
-            return embeddings.new_empty(*embeddings.shape[:2], self.layer.output_size)
+            return embeddings.new_empty(*words.first.shape, self.layer.output_size)
         begins_behind = words.starts & (words.number > 0)
         if torch.onnx.is_in_onnx_export():
             state = self.layer.initial_state(embeddings)
@@ -215,8 +228,7 @@ class CharacterRecurrence(nn.Module):
             padding = PackedPadding(begins_behind, words.is_token)
             outputs = self.layer(embeddings, None, padding, needs_state=False)[0]
         forwards, backwards = outputs.chunk(2, dim=-1)
-        index = words.last.unsqueeze(-1).expand_as(forwards)
-        return torch.cat([forwards.gather(1, index), words.spread(backwards)], dim=-1)
+        return torch.cat([words.gather(forwards, words.last), words.gather(backwards, words.first)], dim=-1)
 
 
 class WordEncoder(nn.Module):
@@ -250,7 +262,7 @@ class WordEncoder(nn.Module):
             words (`Words`): Where the words lie.
 
         Returns:
-            `torch.Tensor` of shape `(batch, seq, size)`: At every token the vector of its word.
+            `torch.Tensor` of shape `(batch, words, size)`.
         """
         features = self.characters(embeddings, words)
         if self.table is None:
