@@ -1,6 +1,6 @@
 """Trains a tagger with `Trainer`: parts of speech, names, or the slots of a query together with its intent.
 
-    python examples/tag.py                                             # slots and intents, on the data beside this script
+    python examples/tag.py                                   # slots and intents, on the data beside this script
     python examples/tag.py --train_file train.conllu --validation_file dev.conllu --test_file test.conllu
     python examples/tag.py --do_train false --model_name_or_path FOLDER --predict_file sentences.txt
 
@@ -160,7 +160,9 @@ class TokenCollator(DataCollatorForTokenClassification):
 
 
 def load_sentences(args: DataArguments, training: bool, seed: int) -> dict[str, list[Sentence]]:
-    """Sentences of `"train"` (when training), `"validation"` and `"test"`; without validation data some are held out."""
+    """
+    Sentences of `"train"` (when training), `"validation"` and `"test"`; without validation data some are held out.
+    """
     given = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     splits = [split for split in given if training or split != "train"]
     sentences = {}
@@ -315,7 +317,9 @@ def is_entity_scheme(labels: Sequence[str]) -> bool:
 
 
 def score_tags(predicted: list[list[str]], right: list[list[str]], labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy over words in per cent, and for entities precision, recall and F1 of seqeval; `score` is the main one."""
+    """
+    Accuracy over words in per cent, and for entities precision, recall and F1 of seqeval; `score` is the main one.
+    """
     pairs = [pair for rows in zip(predicted, right, strict=True) for pair in zip(*rows, strict=True)]
     scores = {"accuracy": 100 * sum(first == second for first, second in pairs) / max(len(pairs), 1)}
     if is_entity_scheme(labels):

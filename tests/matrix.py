@@ -18,12 +18,20 @@ MODEL_CLASSES = {
 GENERATIVE = [
     name for name, (_, model_class) in MODEL_CLASSES.items() if hasattr(model_class, "create_masks_for_generate")
 ]
+LANGUAGE_MODELS = ["RNNForCausalLM", "RNNForMaskedLM"]
 DECODERS = [
     {"decoder_type": "luong"},
     {"decoder_type": "luong", "input_feeding": True},
     {"decoder_type": "bahdanau"},
     {"decoder_type": "gnmt"},
 ]
+
+# Words of several tokens: those from 18 on continue the word before them.
+WORDS = [
+    {"word_encoder": "cnn", "word_vocab_size": 5, "word_embedding_size": 3},
+    {"word_encoder": "gru", "word_encoder_size": 4, "residual": True},
+]
+WORDS = [options | {"first_continuation_id": 18, "bidirectional": True} for options in WORDS]
 
 # Windows and filters that are smaller than the sources of tests.
 SMALL_SCORES = {"local": {"attention_window": 2}, "location": {"location_filters": 3, "location_width": 5}}
@@ -67,10 +75,11 @@ def options_of(name: str) -> list[dict]:
     """The options of a class: all cells, directions and residuals; for seq2seq all decoders, scores and heads."""
     if MODEL_CLASSES[name][0] is RNNConfig:
         directions = [False] if name == "RNNForCausalLM" else [False, True]
-        return [
+        options = [
             {"cell_type": cell, "bidirectional": bidirectional, "residual": residual}
             for cell, bidirectional, residual in itertools.product(RECURRENT_CELLS, directions, [False, True])
         ]
+        return options if name in LANGUAGE_MODELS else options + WORDS
     options = [decoder | {"cell_type": cell} for decoder in DECODERS for cell in RECURRENT_CELLS]
     # The cases above have the default score; a scaled dot product differs from one by a factor.
     scores = [score for score in ATTENTION_SCORES if score not in ("general", "scaled_dot")]

@@ -168,6 +168,56 @@ def project_to_vocabulary(weights: Weights, hidden: np.ndarray) -> np.ndarray:
     return linear(weights, "lm_head", hidden)
 
 
+# Words: (weights, embeddings of the tokens of a word [tokens, size]) -> [output_size].
+
+
+def convolve_word(weights: Weights, x: np.ndarray) -> np.ndarray:
+    """Kim et al. (2016): tanh of the greatest value of each filter, zeros beyond the word."""
+    width = weights["filters.weight"].shape[1] // x.shape[1]
+    padded = np.pad(x, ((width // 2, width // 2), (0, 0)))
+    windows = [padded[start : start + width].reshape(-1) for start in range(len(x))]
+    return np.tanh(np.max([linear(weights, "filters", window) for window in windows], axis=0))
+
+
+def spell_word(cell_type: str, weights: Weights, x: np.ndarray) -> np.ndarray:
+    """Lample et al. (2016): the final hidden states of both directions."""
+    _, final, _ = run_layer(cell_type, part(weights, "layer"), x[None])
+    return np.concatenate([states[0] for states in final[:: NUM_STATES[cell_type]]])
+
+
+def split_words(tokens: list[int], first_continuation_id: int) -> list[tuple[int, ...]]:
+    """The words of a row without padding, as tuples of tokens."""
+    words = []
+    for token in tokens:
+        if words and token >= first_continuation_id:
+            words[-1] += (token,)
+        else:
+            words.append((token,))
+    return words
+
+
+def read_words(config, weights: Weights, tokens: list[int], known: dict[tuple[int, ...], int]) -> np.ndarray:
+    """
+    The outputs `[tokens, output_size]` of a model of words on a row without padding: that of its word at each token.
+    `known` says which embedding a word has.
+    """
+    words = split_words(tokens, config.first_continuation_id)
+    vectors = []
+    for word in words:
+        x = weights["embed_tokens.weight"][list(word)]
+        of_tokens = part(weights, "word_encoder.characters")
+        if config.word_encoder == "cnn":
+            vector = convolve_word(of_tokens, x)
+        else:
+            vector = spell_word(config.word_encoder, of_tokens, x)
+        if config.word_vocab_size:
+            table = weights["word_encoder.table.embed_words.weight"]
+            vector = np.concatenate([vector, table[known.get(word, 0)]])
+        vectors.append(vector)
+    outputs, _ = run_stack(config, weights, np.stack(vectors)[None])
+    return np.repeat(outputs[-1][0], [len(word) for word in words], axis=0)
+
+
 # Scores: (weights, query [query_size], keys [source, key_size], heads, added) -> [heads, source]. `added` are features
 # [source, heads, size] of the weights of earlier positions, which go to the projected keys; 0 where there are none.
 

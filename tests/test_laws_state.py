@@ -352,7 +352,7 @@ def test_neighbours_do_not_matter(name):
 def test_every_pooling_ignores_padding(name, pooling):
     """Results and gradients of all pooling types, rows without a token included."""
     for options in options_of(name):
-        if options["residual"]:
+        if options.get("residual"):
             continue
         model = make_model(name, pooling=pooling, **options)
         with torch.no_grad(), loop_only():
@@ -371,6 +371,8 @@ def test_every_pooling_ignores_padding(name, pooling):
 def test_outputs_at_padding_repeat_the_last_one():
     """At padding a model shows the output of the last token read in each direction, before the first one zeros."""
     for options in options_of("RNNModel"):
+        if "word_encoder" in options:  # there padding shows the word before it
+            continue
         model = make_model("RNNModel", **options)
         inputs, mask = laid_out("RNNModel", "holes")
         outputs = model(**inputs).last_hidden_state

@@ -102,8 +102,11 @@ def test_training_mode_without_dropout_is_evaluation_mode(name):
 
 
 def dropouts_of(name: str) -> list[str]:
-    """The fields that act in a class: all of its configuration, a classifier's only where there is one."""
-    fields = [field for field in vars(make_config(name)) if field.endswith("_dropout")]
+    """
+    The fields that act in a class: all of its configuration, a classifier's only where there is one, and that of words
+    only where words are known (see the tests of words).
+    """
+    fields = [field for field in vars(make_config(name)) if field.endswith("_dropout") and field != "word_dropout"]
     return [field for field in fields if field != "classifier_dropout" or name in CLASSIFIERS]
 
 
