@@ -150,8 +150,9 @@ def in_scan(
         with torch.device("meta"):
             cell = cell_class(inputs.shape[-1], states[0].shape[-1])
         bare = _BareCell(cell, weights[direction * num_weights : (direction + 1) * num_weights])
-        # No result of a scan may be one of its arguments.
-        initial = [state.clone() for state in states[direction * num_states : (direction + 1) * num_states]]
+        # No result of a scan may be one of its arguments, nor may these be one another.
+        own_states = states[direction * num_states : (direction + 1) * num_states]
+        initial, first = ([state.clone() for state in own_states] for _ in range(2))
         steps = {"inputs": bare.run("project_inputs", inputs).transpose(0, 1)}
         if mask is not None:
             steps["is_token"] = mask.transpose(0, 1).unsqueeze(-1)
@@ -159,9 +160,9 @@ def in_scan(
             begins = starts if direction == 0 else torch.nn.functional.pad(starts[:, 1:], (0, 1))
             steps["begins"] = begins.transpose(0, 1).unsqueeze(-1)
 
-        def step(state, step_inputs, bare=bare, initial=initial):
+        def step(state, step_inputs, bare=bare, first=first):
             if starts is not None:
-                state = [torch.where(step_inputs["begins"], *pair) for pair in zip(initial, state)]
+                state = [torch.where(step_inputs["begins"], *pair) for pair in zip(first, state)]
             new = bare.run("step", step_inputs["inputs"], tuple(state))
             if mask is not None:
                 new = [torch.where(step_inputs["is_token"], *pair) for pair in zip(new, state)]

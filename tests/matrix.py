@@ -28,7 +28,7 @@ DECODERS = [
 
 # Words of several tokens: those from 18 on continue the word before them.
 WORDS = [
-    {"word_encoder": "cnn", "word_vocab_size": 5, "word_embedding_size": 3},
+    {"word_encoder": "cnn", "word_vocab_size": 12, "word_embedding_size": 4},
     {"word_encoder": "gru", "word_encoder_size": 4, "residual": True},
 ]
 WORDS = [options | {"first_continuation_id": 18, "bidirectional": True} for options in WORDS]

@@ -10,7 +10,7 @@ from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_layer import RecurrentLayer
 from hf_rnn.recurrent_operator import recurrent_layer
 from hf_rnn.recurrent_padding import Padding
-from matrix import MODEL_CLASSES, make_config, make_inputs, make_mask, make_model, make_tokens
+from matrix import MODEL_CLASSES, WORDS, make_config, make_inputs, make_mask, make_model, make_tokens
 
 
 CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
@@ -115,6 +115,29 @@ def test_graphs_of_training(name):
     assert len(graphs) <= 3
     nodes = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert sum("recurrent_layer" in node for node in nodes) >= 2 * len(graphs)
+
+
+@pytest.mark.parametrize("options", WORDS, ids=["cnn", "gru"])
+def test_graphs_of_words(options):
+    """One graph of a model of words for any number of rows and tokens, with gradients, and the exported program."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_model("RNNForTokenClassification", **options)
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for batch, seq in [(6, 7), (5, 8), (4, 12), (7, 31)]:
+        inputs = make_inputs("RNNForTokenClassification", batch, seq) | {"attention_mask": random_mask(batch, seq)}
+        compare(model, compiled, inputs)
+    assert len(graphs) <= 3
+    inputs.pop("labels")
+    sizes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=sizes, strict=False).module()
+    for batch, seq in [(3, 5), (8, 20)]:
+        inputs = {"input_ids": make_tokens(batch, seq), "attention_mask": random_mask(batch, seq)}
+        torch.testing.assert_close(program(**inputs).logits, model(**inputs).logits, rtol=1e-10, atol=1e-12)
 
 
 @CELLS

@@ -15,7 +15,7 @@ from hf_rnn.export import export_model, load, package, runner
 from hf_rnn.export.graphs import make_graphs
 from hf_rnn.export.onnx_files import share_weights, to_exported_program
 from hf_rnn.recurrent_cells import RecurrentCell
-from matrix import EOS, MODEL_CLASSES, make_inputs, make_mask, make_model, make_tokens
+from matrix import EOS, MODEL_CLASSES, WORDS, make_inputs, make_mask, make_model, make_tokens
 
 
 UNSEEN_SIZES = [(1, 1), (2, 9), (5, 1), (7, 23)]  # 3 x 4 are traced
@@ -199,6 +199,8 @@ def test_onnx_computes_what_torch_does(batch_length, language_model, language_ru
         pytest.param("RNNForSequenceClassification", {"pooling": "attention"}, marks=pytest.mark.slow),
         pytest.param("RNNForTokenClassification", {"bidirectional": True}, marks=pytest.mark.slow),
         pytest.param("RNNForQuestionAnswering", {"bidirectional": True, "residual": True}, marks=pytest.mark.slow),
+        ("RNNForTokenClassification", WORDS[0]),
+        pytest.param("RNNForSequenceClassification", WORDS[1] | {"pooling": "mean"}, marks=pytest.mark.slow),
         pytest.param("RNNForMultipleChoice", {"bidirectional": True}, marks=pytest.mark.slow),
         pytest.param("RNNForMaskedLM", {"bidirectional": True, "cell_type": "rnn_relu"}, marks=pytest.mark.slow),
         pytest.param("RNNModel", {"cell_type": "rnn_tanh"}, marks=pytest.mark.slow),

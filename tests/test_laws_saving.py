@@ -142,7 +142,11 @@ def test_every_new_weight_starts_as_configured(name, poison):
         model = MODEL_CLASSES[name][1](make_config(name, **options, **STARTS))
         for parameter_name, _ in model.named_parameters():
             assert_starts_as_configured(model, parameter_name)
-        assert not list(model.buffers())
+        for buffer_name, buffer in model.named_buffers():  # no word is known
+            expected = (
+                torch.arange(VOCAB_SIZE) if buffer_name.endswith("table.folded") else torch.full((11,), 2**63 - 1)
+            )
+            assert torch.equal(buffer, expected), buffer_name
 
 
 @over_classes

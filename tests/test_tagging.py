@@ -1,0 +1,205 @@
+"""Tagged sentences as they are read, and examples/tag.py from beginning to end on little data."""
+
+import gzip
+import json
+
+import pytest
+from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+
+from tag import is_entity_scheme, score_tags
+from tagged_text import Sentence, read_sentences
+from test_examples import run
+from text_pairs import DataError
+
+
+CONLLU = """# text = I'm here
+1-2\tI'm\t_\t_\t_\t_\t_\t_\t_\t_
+1\tI\tI\tPRON\tPRP\t_\t_\t_\t_\t_
+2\t'm\tbe\tAUX\tVBP\t_\t_\t_\t_\t_
+2.1\tnot\tnot\tPART\tRB\t_\t_\t_\t_\t_
+3\there\there\tADV\tRB\t_\t_\t_\t_\t_
+
+1\tGo\tgo\tVERB\tVB\t_\t_\t_\t_\t_
+"""
+
+
+def write(path, text: str):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.conllu", "a.conllu.gz"])
+def test_conllu(tmp_path, name):
+    """Comments, multiword and empty tokens are left out; either tag by its name or its number."""
+    path = write(tmp_path / name, CONLLU)
+    first, second = read_sentences(path)
+    assert first == Sentence(["I", "'m", "here"], ["PRON", "AUX", "ADV"])
+    assert second == Sentence(["Go"], ["VERB"])
+    for column in ("xpos", "5"):
+        assert read_sentences(path, tag_column=column)[0].tags == ["PRP", "VBP", "RB"]
+    assert read_sentences(path, word_column="lemma")[0].words == ["I", "be", "here"]
+
+
+def test_conll(tmp_path):
+    """By tabs or white space, the word first and the tag last unless columns are named; sentences without tags."""
+    text = "-DOCSTART- -X- O\n\nNew NNP B-loc\nYork NNP I-loc\n\n\n: # O\n"
+    path = write(tmp_path / "a.conll", text)
+    assert read_sentences(path) == [Sentence(["New", "York"], ["B-loc", "I-loc"]), Sentence([":"], ["O"])]
+    assert read_sentences(path, tag_column="2")[0].tags == ["NNP", "NNP"]
+    path = write(tmp_path / "b.tsv", "a b\tX\nc\tY\n")
+    assert read_sentences(path) == [Sentence(["a b", "c"], ["X", "Y"])]
+    path = write(tmp_path / "c.conll", "just\nwords\n")
+    assert read_sentences(path, needs_tags=False) == [Sentence(["just", "words"], None)]
+
+
+def test_json_lines(tmp_path):
+    """Words and tags, or spans of characters, which cut the words that they begin or end in."""
+    rows = [
+        {"tokens": ["a", "b"], "ner_tags": ["O", "B-x"], "intent": "go"},
+        {"text": "play U2's songs", "slots": [{"start": 5, "end": 7, "label": "artist"}]},
+        {"text": "to New York now", "entities": [{"start": 3, "end": 11, "label": "city"}], "intent": "fly"},
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
+    assert read_sentences(path) == [
+        Sentence(["a", "b"], ["O", "B-x"], "go"),
+        Sentence(["play", "U2", "'s", "songs"], ["O", "B-artist", "O", "O"]),
+        Sentence(["to", "New", "York", "now"], ["O", "B-city", "I-city", "O"], "fly"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.doc", "x", "unknown kind of file"),
+        ("a.conllu", "1\tI\tI\n", "a.conllu:1: expected at least 10 fields, found 3"),
+        ("a.conll", "word O\nalone\n", "a.conll:2: expected at least 2 fields, found 1"),
+        ("a.tsv", "word\tO\n\tO\n", "a.tsv:2: there is no word in field 1"),
+        ("a.tsv", "word\t\n", "a.tsv:1: there is no tag at this word"),
+        ("a.conll", "\n\n", "no sentences in this file"),
+        ("a.jsonl", "{", "a.jsonl:1: not a JSON value"),
+        ("a.jsonl", "[1]", "a.jsonl:1: expected a JSON object, found list"),
+        ("a.jsonl", '{"tokens": ["a"]}', "a.jsonl:1: a sentence without tags"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": []}', "a.jsonl:1: 1 words, but 0 tags"),
+        ("a.jsonl", '{"tokens": ["a", " "], "tags": ["O", "O"]}', "a word is empty"),
+        ("a.jsonl", '{"tokens": [1], "tags": ["O"]}', "'tokens' is not a list of strings"),
+        ("a.jsonl", '{"sentence": "a"}', "a.jsonl:1: no field"),
+        ("a.jsonl", '{"text": "ab", "slots": [{"start": 0, "end": 3, "label": "x"}]}', "a span from 0 to 3"),
+        ("a.jsonl", '{"text": "ab", "slots": [{"start": 0, "label": "x"}]}', "a span must have start, end and label"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": ["O"], "intent": 3}', "field 'intent' is not text but int"),
+        (
+            "a.jsonl",
+            '{"text": "ab", "slots": [{"start": 0, "end": 2, "label": "x"}, {"start": 1, "end": 2, "label": "y"}]}',
+            "two spans have the character 1",
+        ),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, name, text, message):
+    with pytest.raises(DataError) as error:
+        read_sentences(write(tmp_path / name, text))
+    assert message in str(error.value)
+
+
+def test_columns_that_are_none(tmp_path):
+    for column in ("0", "upos", "-1"):
+        with pytest.raises(DataError, match="is a number from 1"):
+            read_sentences(write(tmp_path / "a.conll", "a O\n"), tag_column=column)
+
+
+def test_scores():
+    """Entities count as wholes, other tags by words."""
+    right = [["B-a", "I-a", "O"], ["B-b", "O", "O"]]
+    predicted = [["B-a", "O", "O"], ["B-b", "O", "O"]]
+    scores = score_tags(predicted, right, ["O", "B-a", "I-a", "B-b"])
+    assert scores["accuracy"] == pytest.approx(100 * 5 / 6)
+    assert scores["f1"] == scores["score"] == pytest.approx(50)
+    assert score_tags([["X"]], [["Y"]], ["X", "Y"]) == {"accuracy": 0.0, "score": 0.0}
+    assert not is_entity_scheme(["NOUN", "B-x"])
+    assert not is_entity_scheme(["I-x", "O"])
+
+
+COLOURS, FRUITS = ["red", "green", "blue", "grey"], ["apple", "pear", "plum", "fig"]
+TINY = {
+    "hidden_size": 16,
+    "word_encoder_size": 12,
+    "word_embedding_size": 8,
+    "embedding_size": 8,
+    "num_train_epochs": 6,
+    "learning_rate": 0.02,
+    "per_device_train_batch_size": 16,
+}
+
+
+def made_rows(number: int) -> list[dict]:
+    rows = []
+    for index in range(number):
+        colour, fruit = COLOURS[index % 4], FRUITS[index // 4 % 4]
+        if index % 2:
+            rows.append(
+                {"intent": "eat", "tokens": ["eat", "a", colour, fruit], "tags": ["O", "O", "B-food", "I-food"]}
+            )
+        else:
+            rows.append({"intent": "paint", "tokens": ["paint", "it", colour], "tags": ["O", "O", "B-colour"]})
+    return rows
+
+
+def test_tag(tmp_path):
+    """Trains slots and intents, scores, saves, loads, tags; the saved model tags again, and text without tags."""
+    path = write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, made_rows(256))))
+    test = write(tmp_path / "test.jsonl", "\n".join(map(json.dumps, made_rows(32))))
+    files = {"validation_file": test, "test_file": test}
+    output = run("tag.py", tmp_path / "out", train_file=path, **files, **TINY)
+    assert "eval_intent_accuracy" in output
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["test_f1"] == results["test_intent_accuracy"] == results["test_whole_accuracy"] == 100
+    assert results["eval_f1"] == 100
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+    assert model.config.use_crf
+    assert model.config.id2intent == {0: "eat", 1: "paint"}
+    assert set(model.config.label2id) == {"O", "B-food", "I-food", "B-colour"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tagger = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")
+    assert [(group["word"], group["entity_group"]) for group in tagger("eat a red plum")] == [("red plum", "food")]
+    tagged = (tmp_path / "out" / "test_predictions.conll").read_text()
+    assert tagged.count("# intent = eat predicted = eat") == 16
+    assert "apple\tI-food\tI-food" in tagged
+
+    text = write(tmp_path / "text.txt", "eat a red plum, paint it blue\n\npaint it grey\n")
+    loaded = {"do_train": "false", "model_name_or_path": tmp_path / "out"}
+    run("tag.py", tmp_path / "again", **loaded, test_file=test, predict_file=text)
+    again = json.loads((tmp_path / "again" / "all_results.json").read_text())
+    assert again["test_f1"] == results["test_f1"]
+    predicted = (tmp_path / "again" / "predictions.conll").read_text()
+    assert "plum\tI-food\n" in predicted
+    assert predicted.count("\n\n") == 2
+    refused = run("tag.py", tmp_path / "out", status=2, train_file=path, **TINY)
+    assert refused.count("error:") == 1
+
+
+def test_tag_with_plain_tags_and_sub_words(tmp_path):
+    """Parts of speech without a random field or intents, held-out validation data, and a tokenizer of the user's."""
+    path = write(tmp_path / "train.conllu", CONLLU * 40)
+    options = TINY | {"num_train_epochs": 3, "use_crf": "false", "max_words": 0, "word_encoder": "gru"}
+    run("tag.py", tmp_path / "out", train_file=path, **options)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert "test_f1" not in results
+    assert results["test_score"] == results["test_accuracy"]
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.word_vocab_size, model.config.id2label[0]) == (0, "ADV")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_train": "false"}, "--do_train false needs a --model_name_or_path"),
+        ({"train_file": "none.conll"}, "no such file"),
+        ({"word_encoder": "letters"}, "`word_encoder` must be one of"),
+        ({"test_file": "x.conll"}, "--train_file"),
+    ],
+)
+def test_what_tag_refuses(tmp_path, options, message):
+    output = run("tag.py", tmp_path / "out", status=2, **options)
+    assert message.lower() in output.lower()
+    assert output.count("error:") == 1
