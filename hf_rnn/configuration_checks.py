@@ -134,10 +134,12 @@ def check_names(config, field: str) -> None:
     value = getattr(config, field)
     if value is None:
         return
-    is_right = (
-        isinstance(value, dict) and all(map(_is_index, value)) and all(isinstance(v, str) for v in value.values())
-    )
-    if not is_right or not value or sorted(map(int, value)) != list(range(len(value))):
+    is_right = isinstance(value, dict) and value and all(map(_is_index, value))
+    if (
+        not is_right
+        or sorted(map(int, value)) != list(range(len(value)))
+        or not all(isinstance(name, str) for name in value.values())
+    ):
         raise ValueError(f"`{field}` must be None or a dictionary from 0, 1, 2, ... to names, got {value!r}.")
 
 

@@ -1,7 +1,7 @@
 """A linear-chain conditional random field over the labels of a sequence. Imports its operators.
 
-The chain has the tokens that a mask says, in their order, wherever they lie: those left out are skipped, and the ones to
-the left and to the right of them are neighbours.
+The chain has the tokens that a mask names, in their order, wherever they lie: those left out are skipped, and the ones
+to the left and to the right of them are neighbours.
 """
 
 import contextlib
@@ -56,7 +56,11 @@ class Chain:
         if self.text is None:
             return None
         text = self.text.gather(1, self.backwards) if backwards else self.text
-        return torch.cat([torch.zeros_like(text[:, :1]).bool(), text[:, 1:] != text[:, :-1]], dim=1)
+        return text != self.before(text)
+
+    def before(self, values: torch.Tensor) -> torch.Tensor:
+        """For each step `[batch, seq]` the value of the one before; of the first its own."""
+        return values.gather(1, (self.steps - 1).clamp(min=0))
 
     def to_steps(self, values: torch.Tensor) -> torch.Tensor:
         """Values of positions `[batch, seq, ...]` in the order of the steps."""
@@ -86,9 +90,10 @@ class LinearChainCRF(nn.Module):
     Every method takes
 
     - emissions (`torch.Tensor` of shape `(batch, seq, num_labels)`): scores of the labels at each position;
-    - mask (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): which positions are in the chain, all by default. It
-      may have holes anywhere, whose neighbours follow each other in the chain; what lies outside of it has no influence
-      and gets no gradient. A row may have no position at all: its only path has the score 0 and the probability 1;
+    - mask (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): which positions are in the chain, all by default.
+      It may have holes anywhere, whose neighbours follow each other in the chain; what lies outside of it has no
+      influence and gets no gradient. A row may have no position at all: its only path has the score 0 and the
+      probability 1;
     - starts (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): where a text begins behind the first one of its
       row. Texts are independent: between two of them stand `end` and `start` in the place of a transition.
 
@@ -187,16 +192,14 @@ class LinearChainCRF(nn.Module):
         if emissions.shape[1] == 0:
             return emissions.sum(dim=(1, 2))
         transitions, start, end = self._scores(emissions.dtype, FORBIDDEN_SCORE)
-        is_token = chain.steps < chain.lengths[:, None]
-        scores = emissions.gather(2, labels.unsqueeze(-1)).squeeze(-1)
-        before, after = labels[:, :-1], labels[:, 1:]
-        steps = transitions[before, after]
+        before = chain.before(labels)
+        steps = transitions[before, labels]
         if chain.text is not None:
-            steps = torch.where(chain.starts()[:, 1:], end[before] + start[after], steps)
-        last = (chain.lengths - 1).clamp(min=0).unsqueeze(-1)
-        ends = start[labels[:, 0]] + end[labels.gather(1, last).squeeze(-1)]
-        scores = (scores * is_token).sum(dim=1) + (steps * is_token[:, 1:]).sum(dim=1)
-        return (scores + ends).masked_fill(chain.lengths == 0, 0)
+            steps = torch.where(chain.starts(), end[before] + start[labels], steps)
+        scores = emissions.gather(2, labels.unsqueeze(-1)).squeeze(-1)
+        scores = scores + torch.where(chain.steps == 0, start[labels], steps)
+        scores = torch.where(chain.steps == chain.lengths[:, None] - 1, scores + end[labels], scores)
+        return scores.masked_fill(chain.steps >= chain.lengths[:, None], 0).sum(dim=1)
 
     def log_likelihood(
         self,
@@ -224,7 +227,9 @@ class LinearChainCRF(nn.Module):
             `torch.Tensor` of shape `(batch, seq, num_labels)`: log p(y_t = label | x). Outside of the chain those of
             the emissions by themselves.
         """
-        steps, chain = self._prepare(emissions, mask, starts)
+        return self._log_marginals(emissions, *self._prepare(emissions, mask, starts))
+
+    def _log_marginals(self, emissions: torch.Tensor, steps: torch.Tensor, chain: Chain) -> torch.Tensor:
         transitions, start, end = self._scores(steps.dtype, FORBIDDEN_SCORE)
         forward = chain_sums(steps, chain.lengths, chain.starts(), transitions, start, end)
         backward = chain_sums(
@@ -277,15 +282,18 @@ class LinearChainCRF(nn.Module):
         if num_paths < 1:
             raise ValueError(f"`num_paths` must be an integer of at least 1, got {num_paths}.")
         steps, chain = self._prepare(emissions, mask, starts)
-        scores = self._scores(steps.dtype, FORBIDDEN_PATH_SCORE)
-        tensors = (tensor.detach() for tensor in scores)
-        paths, compared = chain_best_paths(steps.detach(), chain.lengths, chain.starts(), *tensors, num_paths)
+        paths, compared = self._best_paths(steps, chain, num_paths)
         is_there = (compared > FORBIDDEN_PATH_SCORE / 2) & (chain.lengths > 0)[:, None]
         is_there = is_there | (torch.arange(num_paths, device=paths.device) == 0)
-        found = torch.stack([self._path_score(steps, chain, path) for path in paths.unbind(1)], dim=1)
+        scores = torch.stack([self._path_score(steps, chain, path) for path in paths.unbind(1)], dim=1)
         paths = paths.gather(2, chain.place.unsqueeze(1).expand_as(paths))
         outside = ~(chain.mask.unsqueeze(1) & is_there.unsqueeze(-1))
-        return paths.masked_fill(outside, IGNORED_LABEL), found.masked_fill(~is_there, -torch.inf)
+        return paths.masked_fill(outside, IGNORED_LABEL), scores.masked_fill(~is_there, -torch.inf)
+
+    def _best_paths(self, emissions: torch.Tensor, chain: Chain, num_paths: int) -> list[torch.Tensor]:
+        """The labels of the steps `[batch, num_paths, seq]`, and what the paths were compared by."""
+        scores = (score.detach() for score in self._scores(emissions.dtype, FORBIDDEN_PATH_SCORE))
+        return chain_best_paths(emissions.detach(), chain.lengths, chain.starts(), *scores, num_paths)
 
     def path_logits(
         self, emissions: torch.Tensor, mask: torch.Tensor | None = None, starts: torch.Tensor | None = None
@@ -299,11 +307,13 @@ class LinearChainCRF(nn.Module):
             marginals, in which the label of the best path is raised just above the others where another label is at
             least as probable.
         """
-        logits = self.log_marginals(emissions, mask, starts)
+        steps, chain = self._prepare(emissions, mask, starts)
+        path = chain.to_positions(self._best_paths(steps, chain, 1)[0].squeeze(1))
+        logits = self._log_marginals(emissions, steps, chain)
         dtype, wide = emissions.dtype, logits.dtype
         logits = logits.clamp(min=torch.finfo(dtype).min).to(dtype).to(wide)
-        path, _ = self.viterbi(emissions, mask, starts)
-        on_path = nn.functional.one_hot(path.clamp(min=0), self.num_labels).bool() & (path >= 0).unsqueeze(-1)
+        labels = torch.arange(self.num_labels, device=logits.device)
+        on_path = (path.unsqueeze(-1) == labels) & chain.mask.unsqueeze(-1)
         highest = logits.masked_fill(on_path, torch.finfo(dtype).min).amax(dim=-1, keepdim=True)
         # Enough to survive the rounding to this type, and that of a softmax in float32.
         margin = 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)

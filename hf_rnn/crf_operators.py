@@ -1,5 +1,5 @@
-"""What a chain of labels needs a loop over time for, as operators that a graph (`torch.compile`, `torch.export`) does not
-look into: the sums over all paths with their gradient, and the best paths. In ONNX they become a
+"""What a chain of labels needs a loop over time for, as operators that a graph (`torch.compile`, `torch.export`) does
+not look into: the sums over all paths with their gradient, and the best paths. In ONNX they become a
 [Scan](https://onnx.ai/onnx/operators/onnx__Scan.html). Imports the names of the fast paths.
 
 All of them take chains that lie at the left of their rows. The score of a path y is
@@ -335,10 +335,17 @@ def _shapes_of_paths(emissions, lengths, starts, transitions, start, end, number
 # Exports.
 
 
-def sums_in_scan(emissions, lengths, starts, transitions, start, end) -> torch.Tensor:
-    """The operator [`chain_sums`] as a `scan`. Each row is one text: `starts` are ignored."""
+def _scan(step, initial, inputs, reverse: bool = False):
+    from torch._dynamo import config
     from torch._higher_order_ops import scan  # has no public door
 
+    # The number of inputs, which differs from scan to scan, would become a variable of the graph.
+    with config.patch(automatic_dynamic_shapes=False):
+        return scan(step, initial, inputs, reverse=reverse)
+
+
+def sums_in_scan(emissions, lengths, starts, transitions, start, end) -> torch.Tensor:
+    """The operator [`chain_sums`] as a `scan`. Each row is one text: `starts` are ignored."""
     steps = torch.arange(emissions.shape[1], device=emissions.device)
 
     def step(now, inputs):
@@ -349,34 +356,36 @@ def sums_in_scan(emissions, lengths, starts, transitions, start, end) -> torch.T
 
     is_token = (steps[:, None] < lengths).unsqueeze(-1)
     inputs = emissions.transpose(0, 1), is_token, (steps == 0).view(-1, 1, 1)
-    return scan(step, torch.zeros_like(emissions[:, 0]), inputs)[1].transpose(0, 1)
+    return _scan(step, torch.zeros_like(emissions[:, 0]), inputs)[1].transpose(0, 1)
 
 
 def best_paths_in_scan(emissions, lengths, starts, transitions, start, end, number: int) -> list[torch.Tensor]:
-    """The operator [`chain_best_paths`] as two `scan`s. Each row is one text: `starts` are ignored."""
-    from torch._higher_order_ops import scan
+    """
+    The operator [`chain_best_paths`] as two `scan`s. Each row is one text: `starts` are ignored.
 
-    batch, seq, num_labels = emissions.shape
-    steps = torch.arange(seq, device=emissions.device)
-    is_token = (steps[:, None] < lengths).view(seq, batch, 1, 1)
-    same = torch.arange(number * num_labels, device=lengths.device).view(1, number, num_labels)
+    Raises:
+        `ValueError`: More than the best path is asked for.
+    """
+    if number != 1:
+        raise ValueError(f"Only the best path can be exported, got {number} paths.")
+    labels = torch.arange(emissions.shape[2], device=emissions.device)
+    steps = torch.arange(emissions.shape[1], device=emissions.device)
 
     def step(now, inputs):
         emissions, is_token, is_first = inputs
-        best, pointer = _best_step(now, transitions.unsqueeze(0), number)
-        new = torch.where(is_first, _begin_paths(emissions, start, number), best + emissions.unsqueeze(-2))
-        new = torch.where(is_token, new, now)
-        return new, torch.where(is_token & ~is_first, pointer, same).flatten(1)
+        best, pointer = (now.unsqueeze(-1) + transitions).max(dim=-2)
+        best = torch.where(is_first, start, best) + emissions
+        return torch.where(is_token, best, now), torch.where(is_token & ~is_first, pointer, labels)
 
-    def step_back(place, pointer):
-        return pointer.gather(1, place), place.clone()
+    def step_back(label, pointer):
+        return pointer.gather(1, label.unsqueeze(1)).squeeze(1), label.clone()
 
-    inputs = emissions.transpose(0, 1), is_token, (steps == 0).view(seq, 1, 1, 1)
-    now = torch.zeros_like(emissions[:, 0]).unsqueeze(1).repeat(1, number, 1)
-    now, pointers = scan(step, now, inputs)
-    scores, place = _first((now + end).flatten(1).unsqueeze(-1), number)
-    _, places = scan(step_back, place.squeeze(-1), pointers, reverse=True)
-    return [places.permute(1, 2, 0) % num_labels, scores.squeeze(-1)]
+    is_token = (steps[:, None] < lengths).unsqueeze(-1)
+    inputs = emissions.transpose(0, 1), is_token, (steps == 0).view(-1, 1, 1)
+    now, pointers = _scan(step, torch.zeros_like(emissions[:, 0]), inputs)
+    scores, last = (now + end).max(dim=-1)
+    _, path = _scan(step_back, last, pointers, reverse=True)
+    return [path.t().unsqueeze(1), scores.unsqueeze(1)]
 
 
 def _decompose_sums(*arguments) -> torch.Tensor:

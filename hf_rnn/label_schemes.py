@@ -1,5 +1,7 @@
-"""Schemes by which labels of tokens mark spans, such as B-PER I-PER O: which label may follow which. Imports no torch and
-nothing of the package."""
+"""Schemes by which labels of tokens mark spans, such as B-PER I-PER O: which label may follow which.
+
+Imports no torch and nothing of the package.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
