@@ -129,6 +129,20 @@ def check_stock_fields(config, others: dict) -> None:
         )
 
 
+def check_names(config, field: str) -> None:
+    """Raises `ValueError` where `field` is neither None nor a dictionary from 0, 1, 2, ... to names."""
+    value = getattr(config, field)
+    if value is None:
+        return
+    is_right = isinstance(value, dict) and value and all(map(_is_index, value))
+    if (
+        not is_right
+        or sorted(map(int, value)) != list(range(len(value)))
+        or not all(isinstance(name, str) for name in value.values())
+    ):
+        raise ValueError(f"`{field}` must be None or a dictionary from 0, 1, 2, ... to names, got {value!r}.")
+
+
 def _is_index(key) -> bool:
     return str(key).isdecimal()
 

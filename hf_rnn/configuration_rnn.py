@@ -9,11 +9,13 @@ from .configuration_checks import (
     check_at_least,
     check_at_most,
     check_layers,
+    check_names,
     check_one_of,
     check_recurrence,
     check_stock_fields,
     raises_value_error,
 )
+from .label_schemes import CONSTRAINTS, forbidden_steps
 
 
 POOLING_TYPES = ("last", "mean", "max", "concat", "attention")
@@ -63,7 +65,17 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             ([Gal and Ghahramani, 2016](https://huggingface.co/papers/1512.05287)). Runs the step-by-step loop.
         classifier_dropout (`float`, *optional*): Dropout before a classifier; none where not given.
         use_crf (`bool`, *optional*, defaults to `False`):
-            Reserved for a conditional random field on [`RNNForTokenClassification`]; only `False` is accepted.
+            Whether [`RNNForTokenClassification`] has a conditional random field over the labels of a text
+            ([`LinearChainCRF`]). The other heads have no chain of labels and ignore it.
+        crf_constraints (`str`, *optional*, defaults to `"auto"`):
+            Which label such a field lets follow which: what the scheme `"bio"` (also `"iob2"`), `"bioes"` (`"iobes"`)
+            or `"bilou"` says of the names in `id2label`, for example that I-PER only stands behind B-PER and I-PER;
+            `"auto"`, the one of these that all the names fit, if any; or `"none"`. Labels of the older scheme IOB1
+            look like `"bio"` and need `"none"`.
+        id2intent (`dict[int, str]`, *optional*):
+            Names of the intents that [`RNNForTokenClassification`] chooses from for a whole text, beside the label of
+            each token; no intents where not given. `pooling` says how the text becomes one vector. The other heads
+            ignore it.
         initializer_range (`float`, *optional*, defaults to 0.1):
             Standard deviation of new embeddings. Recurrent weights start orthogonal, other weights Glorot uniform,
             biases at zero.
@@ -111,6 +123,8 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     recurrent_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
     use_crf: bool = False
+    crf_constraints: str = "auto"
+    id2intent: dict[int, str] | dict[str, str] | None = None
     initializer_range: float | int = 0.1
     forget_gate_bias: float | int = 1.0
     tie_word_embeddings: bool = False
@@ -126,6 +140,10 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             self.word_embedding_size = self.hidden_size
         check_stock_fields(self, kwargs)
         check_layers(self, "num_hidden_layers")
+        check_names(self, "id2intent")
+        if self.id2intent is not None:
+            # Keys are always strings in JSON.
+            self.id2intent = {int(key): name for key, name in self.id2intent.items()}
         super().__post_init__(**kwargs)
         self.validate_recurrence()
 
@@ -135,8 +153,10 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         check_recurrence(self)
         check_one_of(self, "pooling", POOLING_TYPES)
         self._validate_words()
+        check_one_of(self, "crf_constraints", CONSTRAINTS)
+        check_names(self, "id2intent")
         if self.use_crf:
-            raise ValueError("`use_crf` must be False: there is no conditional random field yet, got True.")
+            forbidden_steps(self.label_names, self.crf_constraints)
 
     def _validate_words(self):
         check_at_least(self, 1, "word_encoder_size", "word_encoder_width", "word_embedding_size")
@@ -189,6 +209,16 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         if self.word_encoder is None:
             return self.embedding_size
         return self.word_encoder_size + (self.word_embedding_size if self.word_vocab_size else 0)
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels in the order of their numbers."""
+        return [str(self.id2label.get(index, index)) for index in range(self.num_labels)]
+
+    @property
+    def num_intents(self) -> int:
+        """How many intents there are to choose from; 0 where there are none."""
+        return len(self.id2intent or ())
 
     @property
     def output_size(self) -> int:

@@ -15,6 +15,7 @@ FAST_PATHS = {
     "gru_function": "a GRU over a whole sequence on a CPU as one autograd function on packed weights",
     "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
     "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the layout of oneDNN",
+    "crf_products": "on a CPU the sums over paths of labels as products of matrices, where no number gets too small",
     "chunked_loss": "the cross-entropy of a vocabulary in pieces, without the logits of a whole batch in memory",
 }
 

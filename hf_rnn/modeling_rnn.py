@@ -10,6 +10,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    ModelOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -21,8 +22,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_rnn import RNNConfig
+from .crf import IGNORED_LABEL, LinearChainCRF
 from .deferred_logits import vocabulary_logits
 from .generation_masks import GenerationMasks
+from .label_schemes import forbidden_steps
 from .packed_sequences import (
     PackedPadding,
     find_text_starts,
@@ -69,6 +72,35 @@ class RNNCausalLMOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with `gates` as in [`RNNModelOutput`]."""
 
     gates: tuple[dict[str, torch.FloatTensor], ...] | None = None
+
+
+@dataclass
+class RNNTokenClassifierOutput(TokenClassifierOutput):
+    """`TokenClassifierOutput` with `intent_logits` `(batch, num_intents)`."""
+
+    intent_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class RNNDecodedLabels(ModelOutput):
+    """
+    What [`~RNNForTokenClassification.decode`] returns.
+
+    Args:
+        paths (`torch.LongTensor` of shape `(batch, num_paths, seq)`):
+            The most probable sequences of labels, the best one first; -100 outside of the chain, and throughout where
+            there are fewer.
+        log_probabilities (`torch.FloatTensor` of shape `(batch, num_paths)`):
+            The logarithm of the probability of each; -inf where there are fewer.
+        marginals (`torch.FloatTensor` of shape `(batch, seq, num_labels)`):
+            The probability of each label of a token, over all sequences.
+        intent_logits (`torch.FloatTensor` of shape `(batch, num_intents)`, *optional*): As in the forward.
+    """
+
+    paths: torch.LongTensor | None = None
+    log_probabilities: torch.FloatTensor | None = None
+    marginals: torch.FloatTensor | None = None
+    intent_logits: torch.FloatTensor | None = None
 
 
 class RNNPreTrainedModel(RecurrentPreTrainedModel):
@@ -464,7 +496,22 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
 
 class RNNForTokenClassification(RNNPreTrainedModel):
     r"""
-    A class for every token.
+    A class for every token; with `config.id2intent` also one, the intent, for the whole text.
+
+    With `config.use_crf` the labels of a text are a chain ([`LinearChainCRF`]), in which each depends on the ones
+    beside it:
+
+    - In the chain are the tokens that are not padding, with `labels` those that have one: sub-words and special tokens
+      with the label -100 are skipped, and the tokens beside them follow each other. Without labels `chain_mask` says
+      which tokens have none; all have one where it is not given, which fits models whose labels for training cover all
+      tokens.
+    - The logits are made for software that knows nothing of chains. The largest one at each token of the chain is that
+      of the best path (Viterbi), so that `logits.argmax(-1)`, `pipeline("token-classification")` and the
+      `compute_metrics` of a `Trainer` find it; they are the logarithms of the marginal probabilities of the labels,
+      where the label of the best path is raised just above the others if another one is at least as probable. Outside
+      of the chain they are those of each token by itself. While training with labels the logits are the scores that
+      go into the chain, which costs nothing.
+    - [`~RNNForTokenClassification.decode`] gives the best paths with their probabilities, and the marginals.
 
     Args:
         config (`RNNConfig`): The configuration.
@@ -476,6 +523,13 @@ class RNNForTokenClassification(RNNPreTrainedModel):
         self.model = RNNModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier = nn.Linear(config.output_size, config.num_labels)
+        self.crf = None
+        if config.use_crf:
+            self.crf = LinearChainCRF(config.num_labels, forbidden_steps(config.label_names, config.crf_constraints))
+        self.pooling, self.intent_classifier = None, None
+        if config.num_intents:
+            self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
+            self.intent_classifier = nn.Linear(self.pooling.output_size, config.num_intents)
         self.post_init()
 
     @can_return_tuple
@@ -486,16 +540,34 @@ class RNNForTokenClassification(RNNPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        intents: torch.LongTensor | None = None,
+        chain_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         r"""
         Args:
-            input_ids, attention_mask, inputs_embeds, position_ids: As in [`RNNModel`].
+            input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Classes; -100 where there is none.
+            position_ids: As in [`RNNModel`]; with intents a row must hold one text.
+            intents (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                The intent of each text; -100 where there is none.
+            chain_mask (`torch.Tensor` of shape `(batch, seq)`, *optional*):
+                With `use_crf`, non-zero at the tokens that have a label.
 
         Returns:
-            `TokenClassifierOutput`: `loss` in nats per label, `logits` `(batch, seq, num_labels)`.
+            `TokenClassifierOutput`: `loss` in nats per label, `logits` `(batch, seq, num_labels)`. With intents a
+            [`RNNTokenClassifierOutput`], which has `intent_logits` `(batch, num_intents)` too.
+
+            The loss is the negative log-likelihood of all labels, with `use_crf` of whole chains, and of all intents
+            that are given, divided by the number of labels, which is `num_items_in_batch` where it is passed (of
+            intents without labels by the number of intents).
+
+        Raises:
+            `ValueError`: `intents` for a model without, `position_ids` that begin again at 0 within a row for a model
+                with intents, or a `chain_mask` of a wrong shape.
         """
+        if intents is not None and self.intent_classifier is None:
+            raise ValueError("`intents` must be None where the configuration has no `id2intent`.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -505,10 +577,98 @@ class RNNForTokenClassification(RNNPreTrainedModel):
             **kwargs | {"use_cache": False},
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
+        num_items, loss = kwargs.get("num_items_in_batch"), None
+        if self.crf is not None:
+            chain = self.chain_of(logits, attention_mask, chain_mask, labels)
+            starts = find_text_starts(position_ids, *logits.shape[:2], attention_mask)
+            if labels is not None:
+                loss = -self.crf(lambda crf: crf.log_likelihood(logits, labels, chain, starts)).sum()
+                loss = loss / (chain.sum().clamp(min=1) if num_items is None else num_items)
+            if labels is None or not self.training:
+                logits = self.crf(lambda crf: crf.path_logits(logits, chain, starts))
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        output = {"loss": loss, "logits": logits, "hidden_states": outputs.hidden_states}
+        intent_logits = self._intent_logits(outputs.last_hidden_state, attention_mask, position_ids)
+        if intent_logits is None:
+            return TokenClassifierOutput(**output)
+        if intents is not None:
+            intent_loss = nn.functional.cross_entropy(
+                intent_logits.to(torch.promote_types(intent_logits.dtype, torch.float32)), intents, reduction="sum"
+            )
+            if num_items is None:
+                num_items = ((intents if labels is None else labels) != IGNORED_LABEL).sum().clamp(min=1)
+            output["loss"] = intent_loss / num_items + (0 if loss is None else loss)
+        return RNNTokenClassifierOutput(**output, intent_logits=intent_logits)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        chain_mask: torch.Tensor | None = None,
+        num_paths: int = 1,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RNNDecodedLabels:
+        r"""
+        The most probable sequences of labels, for models with `use_crf`.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds, position_ids, chain_mask: As in the forward.
+            num_paths (`int`, *optional*, defaults to 1): How many.
+
+        Returns:
+            [`RNNDecodedLabels`].
+
+        Raises:
+            `ValueError`: The model has no `use_crf`, or `num_paths` is less than 1.
+        """
+        if self.crf is None:
+            raise ValueError("`use_crf` must be True in the configuration to decode chains of labels, got False.")
+        hidden_states = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            return_dict=True,
+            **kwargs | {"use_cache": False},
+        ).last_hidden_state
+        emissions = self.classifier(self.dropout(hidden_states))
+        chain = emissions, self.chain_of(emissions, attention_mask, chain_mask)
+        chain = *chain, find_text_starts(position_ids, *emissions.shape[:2], attention_mask)
+
+        def run(crf: LinearChainCRF):
+            paths, scores = crf.best_paths(*chain, num_paths=num_paths)
+            return paths, scores - crf.log_partition(*chain).unsqueeze(-1), crf.marginals(*chain)
+
+        paths, log_probabilities, marginals = self.crf(run)
+        return RNNDecodedLabels(
+            paths=paths,
+            log_probabilities=log_probabilities,
+            marginals=marginals,
+            intent_logits=self._intent_logits(hidden_states, attention_mask, position_ids),
+        )
+
+    def _intent_logits(self, hidden_states, attention_mask, position_ids) -> torch.Tensor | None:
+        if self.intent_classifier is None:
+            return None
+        refuse_packed_texts(position_ids, *hidden_states.shape[:2], attention_mask)
+        return self.intent_classifier(self.dropout(self.pooling(hidden_states, attention_mask)))
+
+    def chain_of(
+        self,
+        emissions: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        chain_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """True at the tokens `(batch, seq)` that are in the chain of labels."""
+        chain = emissions.new_ones(emissions.shape[:2], dtype=torch.bool)
+        for mask in (attention_mask, chain_mask, None if labels is None else labels != IGNORED_LABEL):
+            chain = chain if mask is None else chain & mask.bool()
+        return chain
 
 
 class RNNForQuestionAnswering(RNNPreTrainedModel):

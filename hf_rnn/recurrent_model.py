@@ -1,6 +1,6 @@
 """What the models of all families share: flags, initialisation, the inputs, the projection to the vocabulary.
 
-Imports the cells, the attention, the layer and how checkpoints are saved.
+Imports the cells, the attention, the layer, the chain of labels and how checkpoints are saved.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import AttentionScore, CoverageFeatures
 from .checkpoint_files import CheckpointFiles
+from .crf import LinearChainCRF
 from .packed_linear import forget_copies
 from .recurrent_cells import RecurrentCell
 from .recurrent_layer import HiddenStates
@@ -58,7 +59,7 @@ class RecurrentPreTrainedModel(CheckpointFiles, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, RecurrentCell | AttentionScore | CoverageFeatures | WordTable):
+        if isinstance(module, RecurrentCell | AttentionScore | CoverageFeatures | LinearChainCRF | WordTable):
             module.init_weights(self.config)
         elif isinstance(module, nn.Linear | nn.Conv1d):
             init.xavier_uniform_(module.weight)

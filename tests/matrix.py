@@ -43,6 +43,10 @@ COVERED = [
     {"attention_score": "local"} | SMALL_SCORES["local"],
 ]
 
+# Labels of which some must not follow others, as many as there are by default; and a second task beside them.
+SPANS = {0: "O", 1: "B-A", 2: "I-A", 3: "B-B"}
+INTENTS = {"id2intent": {0: "ask", 1: "tell", 2: "greet"}}
+
 
 def make_config(name: str, **options):
     """A tiny configuration for the class `name`, with sizes that differ wherever they may."""
@@ -79,6 +83,12 @@ def options_of(name: str) -> list[dict]:
             {"cell_type": cell, "bidirectional": bidirectional, "residual": residual}
             for cell, bidirectional, residual in itertools.product(RECURRENT_CELLS, directions, [False, True])
         ]
+        if name == "RNNForTokenClassification":
+            options += [{"use_crf": True}, {"use_crf": True, "bidirectional": True, "id2label": SPANS}]
+            options += [
+                {"bidirectional": True} | INTENTS,
+                {"use_crf": True, "pooling": "mean", "id2label": SPANS} | INTENTS,
+            ]
         return options if name in LANGUAGE_MODELS else options + WORDS
     options = [decoder | {"cell_type": cell} for decoder in DECODERS for cell in RECURRENT_CELLS]
     # The cases above have the default score; a scaled dot product differs from one by a factor.
@@ -124,8 +134,15 @@ def make_mask(seq_length: int = 7) -> torch.Tensor:
     return mask
 
 
-def make_inputs(name: str, batch: int = 6, seq_length: int = 7, with_labels: bool = True, seed: int = 0) -> dict:
-    """Inputs for a forward of the class `name`, with labels of the right kind."""
+def make_intents(batch: int) -> torch.Tensor:
+    """Random intents for models with `INTENTS`."""
+    return torch.randint(0, len(INTENTS["id2intent"]), (batch,), generator=torch.Generator().manual_seed(3))
+
+
+def make_inputs(
+    name: str, batch: int = 6, seq_length: int = 7, with_labels: bool = True, seed: int = 0, options: dict | None = None
+) -> dict:
+    """Inputs for a forward of the class `name`, with labels of the right kind; of all kinds that `options` ask for."""
     _, model_class = MODEL_CLASSES[name]
     choices = (3,) if name == "RNNForMultipleChoice" else ()
     inputs = {"input_ids": make_tokens(batch, *choices, seq_length, seed=seed)}
@@ -146,4 +163,6 @@ def make_inputs(name: str, batch: int = 6, seq_length: int = 7, with_labels: boo
             "RNNSeq2SeqForConditionalGeneration": ((batch, seq_length - 2), VOCAB_SIZE),
         }.get(name, ((batch, seq_length), VOCAB_SIZE))
         inputs["labels"] = torch.randint(0, high, shape, generator=generator)
+        if options and "id2intent" in options:
+            inputs["intents"] = make_intents(batch)
     return inputs

@@ -54,6 +54,9 @@ for problem_type, num_labels in [("regression", 1), ("regression", 4), ("multi_l
         "RNNForSequenceClassification",
         {"problem_type": problem_type, "num_labels": num_labels},
     )
+for index, options in enumerate(options_of("RNNForTokenClassification")):
+    if {"use_crf", "id2intent"} & options.keys():
+        CASES[f"RNNForTokenClassification-{index}"] = ("RNNForTokenClassification", options)
 CASES["RNNForCausalLM-tied"] = ("RNNForCausalLM", {"tie_word_embeddings": True})
 for decoder in DECODERS:
     CASES[f"RNNSeq2SeqForConditionalGeneration-{case_id(decoder)}"] = ("RNNSeq2SeqForConditionalGeneration", decoder)
@@ -61,7 +64,7 @@ for decoder in DECODERS:
 
 def make_examples(name, options, number=BATCH):
     """Examples whose texts, padded, have quite different numbers of tokens and labels."""
-    inputs = make_inputs(name, batch=number)
+    inputs = make_inputs(name, batch=number, options=options)
     generator = torch.Generator().manual_seed(1)
     if options.get("problem_type") == "regression":
         shape = (number,) if options["num_labels"] == 1 else (number, options["num_labels"])

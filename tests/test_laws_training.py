@@ -79,7 +79,7 @@ def test_every_parameter_gets_a_gradient_and_moves(name):
         model = make_model(name, **options).train()
         before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-8)
-        objective(model(**make_inputs(name))).backward()
+        objective(model(**make_inputs(name, options=options))).backward()
         optimizer.step()
         for key, parameter in model.named_parameters():
             gradient = 0 if parameter.grad is None else parameter.grad.abs().max().item()
@@ -93,7 +93,7 @@ def test_every_parameter_gets_a_gradient_and_moves(name):
 def test_training_mode_without_dropout_is_evaluation_mode(name):
     """Nothing is random, or otherwise different, while training unless a dropout asks for it."""
     for options in options_of(name):
-        model, inputs = make_model(name, **options), make_inputs(name)
+        model, inputs = make_model(name, **options), make_inputs(name, options=options)
         expected = objective(model(**inputs))
         assert_same_objective(objective(model.train()(**inputs)), expected)
 
@@ -317,7 +317,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
                     layer._gradient_checkpointing_func = record
             model.zero_grad()
             torch.manual_seed(0)
-            loss = objective(model(**make_inputs(name)))
+            loss = objective(model(**make_inputs(name, options=options)))
             loss.backward()
             assert len(checkpointed) == len(layers) * enabled, options
             found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])

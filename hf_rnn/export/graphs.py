@@ -98,6 +98,8 @@ def _encoder_head(model: RNNPreTrainedModel) -> Graph:
         for name in ("start_logits", "end_logits", "logits", "last_hidden_state")
         if name in inspect.signature(_output_class(model)).parameters
     ]
+    if getattr(model, "intent_classifier", None) is not None:
+        names.append("intent_logits")
     # A base model with one direction would return its state.
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
