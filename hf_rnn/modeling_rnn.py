@@ -51,7 +51,7 @@ from .recurrent_model import (
     select_positions,
     vocabulary_projection,
 )
-from .word_encoder import WordEncoder, find_words
+from .word_encoder import WordEncoder, Words, find_words
 
 
 logger = logging.get_logger(__name__)
@@ -283,14 +283,25 @@ class RNNModel(RNNPreTrainedModel):
         output_class = RNNModelOutput if needs_gates else BaseModelOutputWithPast
         return output_class(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
 
+    def find_words(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> Words | None:
+        """Where the words of a batch lie, None where the configuration has no `word_encoder`."""
+        if self.word_encoder is None:
+            return None
+        starts = find_text_starts(position_ids, *input_ids.shape, attention_mask)
+        return find_words(input_ids, self.config.first_continuation_id, attention_mask, starts)
+
     def read_mask(self, input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """
         Where the layers read something `(batch, seq)`, None for everywhere: at every token, or at the first token of
         every word.
         """
-        if self.word_encoder is None:
-            return attention_mask
-        return find_words(input_ids, self.config.first_continuation_id, attention_mask).starts
+        words = self.find_words(input_ids, attention_mask)
+        return attention_mask if words is None else words.starts
 
 
 class RNNLanguageModelingHead(RNNPreTrainedModel):
@@ -577,19 +588,22 @@ class RNNForTokenClassification(RNNPreTrainedModel):
             **kwargs | {"use_cache": False},
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        words = self.model.find_words(input_ids, attention_mask, position_ids)
+        read_mask = attention_mask if words is None else words.starts
         num_items, loss = kwargs.get("num_items_in_batch"), None
         if self.crf is not None:
-            chain = self.chain_of(logits, attention_mask, chain_mask, labels)
+            chain = self.chain_of(logits, read_mask, chain_mask, labels)
             starts = find_text_starts(position_ids, *logits.shape[:2], attention_mask)
             if labels is not None:
                 loss = -self.crf(lambda crf: crf.log_likelihood(logits, labels, chain, starts)).sum()
                 loss = loss / (chain.sum().clamp(min=1) if num_items is None else num_items)
             if labels is None or not self.training:
                 logits = self.crf(lambda crf: crf.path_logits(logits, chain, starts))
+                logits = logits if words is None else words.repeat_first(logits)
         elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
         output = {"loss": loss, "logits": logits, "hidden_states": outputs.hidden_states}
-        intent_logits = self._intent_logits(outputs.last_hidden_state, attention_mask, position_ids)
+        intent_logits = self._intent_logits(outputs.last_hidden_state, read_mask, position_ids)
         if intent_logits is None:
             return TokenClassifierOutput(**output)
         if intents is not None:
@@ -635,8 +649,10 @@ class RNNForTokenClassification(RNNPreTrainedModel):
             return_dict=True,
             **kwargs | {"use_cache": False},
         ).last_hidden_state
+        words = self.model.find_words(input_ids, attention_mask, position_ids)
+        read_mask = attention_mask if words is None else words.starts
         emissions = self.classifier(self.dropout(hidden_states))
-        chain = emissions, self.chain_of(emissions, attention_mask, chain_mask)
+        chain = emissions, self.chain_of(emissions, read_mask, chain_mask)
         chain = *chain, find_text_starts(position_ids, *emissions.shape[:2], attention_mask)
 
         def run(crf: LinearChainCRF):
@@ -648,25 +664,25 @@ class RNNForTokenClassification(RNNPreTrainedModel):
             paths=paths,
             log_probabilities=log_probabilities,
             marginals=marginals,
-            intent_logits=self._intent_logits(hidden_states, attention_mask, position_ids),
+            intent_logits=self._intent_logits(hidden_states, read_mask, position_ids),
         )
 
-    def _intent_logits(self, hidden_states, attention_mask, position_ids) -> torch.Tensor | None:
+    def _intent_logits(self, hidden_states, read_mask, position_ids) -> torch.Tensor | None:
         if self.intent_classifier is None:
             return None
-        refuse_packed_texts(position_ids, *hidden_states.shape[:2], attention_mask)
-        return self.intent_classifier(self.dropout(self.pooling(hidden_states, attention_mask)))
+        refuse_packed_texts(position_ids, *hidden_states.shape[:2], read_mask)
+        return self.intent_classifier(self.dropout(self.pooling(hidden_states, read_mask)))
 
     def chain_of(
         self,
         emissions: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        read_mask: torch.Tensor | None = None,
         chain_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """True at the tokens `(batch, seq)` that are in the chain of labels."""
+        """True at the tokens `(batch, seq)` that are in the chain of labels, of those that were read."""
         chain = emissions.new_ones(emissions.shape[:2], dtype=torch.bool)
-        for mask in (attention_mask, chain_mask, None if labels is None else labels != IGNORED_LABEL):
+        for mask in (read_mask, chain_mask, None if labels is None else labels != IGNORED_LABEL):
             chain = chain if mask is None else chain & mask.bool()
         return chain
 

@@ -33,6 +33,10 @@ class Words(NamedTuple):
         """Features of words `[batch, words, size]` at each of their tokens `[batch, seq, size]`."""
         return features.gather(1, self.number.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
 
+    def repeat_first(self, features: torch.Tensor) -> torch.Tensor:
+        """Features of tokens `[batch, seq, size]` with those of a word's first token at each of its tokens."""
+        return self.spread(self.gather(features, self.first))
+
     def gather(self, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Features of tokens `[batch, seq, size]` at one position for each word `[batch, words]`."""
         return features.gather(1, positions.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
