@@ -4,7 +4,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_checks import (
+    MAX_SIZE,
     CheckedOnLoading,
+    check_at_least,
+    check_at_most,
     check_layers,
     check_one_of,
     check_recurrence,
@@ -36,6 +39,12 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             How a sequence becomes one vector for the sequence heads: `"last"` (the final state of each direction),
             `"mean"`, `"max"`, `"concat"` (of the three before) or `"attention"` (a learned weighted mean). Padding
             never takes part.
+        pooling_heads (`int`, *optional*, defaults to 1):
+            Number of weighted means side by side, for `pooling="attention"`
+            ([Lin et al., 2017](https://huggingface.co/papers/1703.03130)).
+        pooling_attention_size (`int`, *optional*):
+            Width of a tanh layer before the scores of `pooling="attention"`, as in
+            [Yang et al. (2016)](https://aclanthology.org/N16-1174/); none where not given.
         embedding_dropout (`float`, *optional*, defaults to 0.0): Dropout on the token embeddings.
         hidden_dropout (`float`, *optional*, defaults to 0.0): Dropout between the recurrent layers.
         output_dropout (`float`, *optional*, defaults to 0.0): Dropout on the output of the last layer.
@@ -79,6 +88,8 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     bidirectional: bool = False
     residual: bool = False
     pooling: str = "last"
+    pooling_heads: int = 1
+    pooling_attention_size: int | None = None
     embedding_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     output_dropout: float | int = 0.0
@@ -105,9 +116,23 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         """Raises `ValueError` where fields are out of range or do not fit together."""
         check_layers(self, "num_hidden_layers")
         check_recurrence(self)
-        check_one_of(self, "pooling", POOLING_TYPES)
+        self.validate_pooling()
         if self.use_crf:
             raise ValueError("`use_crf` must be False: there is no conditional random field yet, got True.")
+
+    def validate_pooling(self):
+        """Raises `ValueError` where the fields of `pooling` are out of range or do not fit together."""
+        check_one_of(self, "pooling", POOLING_TYPES)
+        check_at_least(self, 1, "pooling_heads")
+        check_at_most(self, MAX_SIZE, "pooling_heads")
+        if self.pooling_attention_size is not None:
+            check_at_least(self, 1, "pooling_attention_size")
+            check_at_most(self, MAX_SIZE, "pooling_attention_size")
+        if self.pooling != "attention" and (self.pooling_heads != 1 or self.pooling_attention_size is not None):
+            field = "pooling_heads" if self.pooling_heads != 1 else "pooling_attention_size"
+            raise ValueError(
+                f"`{field}` is for `pooling='attention'` alone, got {getattr(self, field)} with {self.pooling!r}."
+            )
 
     def validate_layer_type(self):
         """The base class knows a closed list of layer types, none of which is a recurrent state."""

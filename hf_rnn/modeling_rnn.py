@@ -325,7 +325,24 @@ class RNNForMaskedLM(RNNLanguageModelingHead):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-class RNNForSequenceClassification(RNNPreTrainedModel):
+def make_pooling(config: RNNConfig) -> SequencePooling:
+    """The pooling that a configuration asks for."""
+    return SequencePooling(
+        config.pooling, config.output_size, config.bidirectional, config.pooling_heads, config.pooling_attention_size
+    )
+
+
+class PoolingHead(RNNPreTrainedModel):
+    """What the heads on whole sequences share: pooling, whose weights come back as `attentions` where it attends."""
+
+    def attentions_asked_for(self, weights: torch.Tensor | None, kwargs: dict) -> tuple[torch.Tensor] | None:
+        """The weights that [`SequencePooling`] returned, where the arguments or the configuration want to see them."""
+        asked = kwargs.get("output_attentions")
+        asked = self.config.output_attentions if asked is None else asked
+        return (weights,) if asked and weights is not None else None
+
+
+class RNNForSequenceClassification(PoolingHead):
     r"""
     A class, several labels or numbers for a whole sequence.
 
@@ -337,7 +354,7 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = RNNModel(config)
-        self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
+        self.pooling = make_pooling(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier = nn.Linear(self.pooling.output_size, config.num_labels)
         self.post_init()
@@ -360,7 +377,9 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
                 Classes, or the labels or numbers that `config.problem_type` asks for.
 
         Returns:
-            `SequenceClassifierOutput`: `loss`, `logits` `(batch, num_labels)`.
+            `SequenceClassifierOutput`: `loss`, `logits` `(batch, num_labels)` and, where `config.pooling` is
+            `"attention"` and `output_attentions` asks for it, `attentions`: one tensor `(batch, heads, 1, seq)` of the
+            weights by which the sequence became one vector.
 
         Raises:
             `ValueError`: `position_ids` begin again at 0 within a row.
@@ -373,7 +392,8 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
             **kwargs | {"use_cache": False},
         )
         refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
-        logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, attention_mask)))
+        pooled, weights = self.pooling(outputs.last_hidden_state, attention_mask)
+        logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -381,7 +401,12 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
             if num_items is not None and self.config.problem_type != "single_label_classification":
                 # The stock losses for the other problem types are means over this batch alone.
                 loss = loss * labels.numel() / num_items
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=self.attentions_asked_for(weights, kwargs),
+        )
 
 
 class RNNForTokenClassification(RNNPreTrainedModel):
@@ -492,7 +517,7 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
         )
 
 
-class RNNForMultipleChoice(RNNPreTrainedModel):
+class RNNForMultipleChoice(PoolingHead):
     r"""
     The best of several sequences.
 
@@ -503,7 +528,7 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
     def __init__(self, config: RNNConfig):
         super().__init__(config)
         self.model = RNNModel(config)
-        self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
+        self.pooling = make_pooling(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier = nn.Linear(self.pooling.output_size, 1, bias=False)
         self.post_init()
@@ -530,7 +555,8 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
                 As in [`RNNModel`], but a row must hold one text.
 
         Returns:
-            `MultipleChoiceModelOutput`: `loss`, `logits` `(batch, choices)`.
+            `MultipleChoiceModelOutput`: `loss`, `logits` `(batch, choices)` and, as in
+            [`RNNForSequenceClassification`], `attentions`: one tensor `(batch * choices, heads, 1, seq)`.
 
         Raises:
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, a mask of a wrong shape, or
@@ -558,14 +584,19 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
             **kwargs | {"use_cache": False},
         )
         refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
-        pooled = self.pooling(outputs.last_hidden_state, attention_mask)
+        pooled, weights = self.pooling(outputs.last_hidden_state, attention_mask)
         logits = self.classifier(self.dropout(pooled)).view(shape[:2])
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             num_items = kwargs.get("num_items_in_batch")
             loss = loss / (labels.numel() if num_items is None else num_items)
-        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return MultipleChoiceModelOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=self.attentions_asked_for(weights, kwargs),
+        )
 
 
 __all__ = [

@@ -115,6 +115,8 @@ FIELDS = {
         "num_hidden_layers": is_depth,
         "bidirectional": is_bool,
         "pooling": is_one_of(*POOLING_TYPES),
+        "pooling_heads": is_width,
+        "pooling_attention_size": lambda value: value is None or is_width(value),
         "classifier_dropout": lambda value: value is None or is_dropout(value),
         "use_crf": lambda value: value is False,
     },
@@ -298,6 +300,9 @@ def models(draw, names):
             "bidirectional": name not in STATEFUL and draw(st.booleans()),
             "pooling": draw(st.sampled_from(POOLING_TYPES)),
         }
+        if options["pooling"] == "attention":
+            options["pooling_heads"] = draw(st.integers(1, 3))
+            options["pooling_attention_size"] = draw(st.none() | st.integers(1, 5))
     return name, make_fuzzed_model(name, options)
 
 
