@@ -34,7 +34,7 @@ from .modeling_rnn_seq2seq import RNNSeq2SeqForConditionalGeneration, RNNSeq2Seq
 from .peft_targets import lora_target_modules, lora_target_parameters
 from .pipelines.question_answering import QuestionAnsweringPipeline
 from .pipelines.text_to_text import SummarizationPipeline, TranslationPipeline
-from .plots import plot_attention, plot_gates, plot_pooling, plot_states
+from .plots import plot_attention, plot_confusion, plot_gates, plot_pooling, plot_states
 from .recurrent_cache import detach_state
 from .recurrent_cells import RECURRENT_CELLS
 from .training_summary import write_cards
@@ -105,6 +105,7 @@ __all__ = [
     "lora_target_modules",
     "lora_target_parameters",
     "plot_attention",
+    "plot_confusion",
     "plot_gates",
     "plot_pooling",
     "plot_states",

@@ -33,7 +33,8 @@ class SequencePooling(nn.Module):
         input_size (`int`): Width of the outputs.
         bidirectional (`bool`): Whether the second half of the features was read from right to left.
         num_heads (`int`): Number of weighted means, for `"attention"`.
-        score_size (`int`, *optional*): Width of the tanh layer before the scores of `"attention"`; none where not given.
+        score_size (`int`, *optional*):
+            Width of the tanh layer before the scores of `"attention"`; none where not given.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class SequencePooling(nn.Module):
             hidden_states (`torch.Tensor` of shape `(batch, seq, input_size)`): The outputs, in one direction.
             attention_mask (`torch.Tensor` of shape `(batch, seq)`, *optional*): Non-zero where there is a token.
             state (`PoolingState`, *optional*): What this returned for the part before.
-            scores (`torch.Tensor` of shape `(batch, heads, seq)`, *optional*): What `scores` returned, if it was called.
+            scores (`torch.Tensor` of shape `(batch, heads, seq)`, *optional*): What `scores` returned, if it was asked.
 
         Returns:
             `PoolingState`: To be given with the next part, and to [`~SequencePooling.pooled`] in the end.
@@ -156,7 +157,7 @@ class SequencePooling(nn.Module):
     def _nothing_read(self, hidden_states: torch.Tensor) -> PoolingState:
         batch, _, size = hidden_states.shape
         lowest = torch.finfo(hidden_states.dtype).min
-        parts = {name: None for name in PoolingState._fields}
+        parts = dict.fromkeys(PoolingState._fields)
         parts["count"] = hidden_states.new_zeros(batch, 1, dtype=torch.long)
         if self.pooling in ("last", "concat"):
             parts["last"] = hidden_states.new_zeros(batch, size)

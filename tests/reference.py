@@ -418,7 +418,7 @@ def pool_concat(weights: Weights, outputs: np.ndarray, bidirectional: bool) -> n
 
 
 def pooling_weights(weights: Weights, outputs: np.ndarray) -> np.ndarray:
-    """`[heads, tokens]`: softmax(w . h), or softmax(w . tanh(W h + b)) as in Yang et al. (2016), for each head its w."""
+    """`[heads, tokens]`: softmax(w . h), or softmax(w . tanh(W h + b)) as Yang et al. (2016) do, for each head."""
     if "projection.weight" in weights:
         outputs = np.tanh(linear(weights, "projection", outputs))
     return np.stack([softmax(scores) for scores in linear(weights, "score", outputs).T])

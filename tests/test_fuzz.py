@@ -209,6 +209,16 @@ MISFITS = [
         lambda of: of["input_feeding"] and of["decoder_type"] != "luong",
         "input_feeding",
     ),
+    (
+        ["pooling", "pooling_heads"],
+        lambda of: of["pooling"] != "attention" and of["pooling_heads"] != 1,
+        "pooling_heads",
+    ),
+    (
+        ["pooling", "pooling_attention_size"],
+        lambda of: of["pooling"] != "attention" and of["pooling_attention_size"] is not None,
+        "pooling_attention_size",
+    ),
     (["unk_token_id", "pointer_generator", "vocab_size"], lacks_unknown_token, "unk_token_id"),
     (
         ["decoder_type", "decoder_layers"],

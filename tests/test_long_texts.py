@@ -46,8 +46,7 @@ def test_long_texts_in_other_precisions(kind, dtype, tolerance):
     mask[1, 3210:] = 0
     with torch.no_grad():
         expected = model(tokens, mask).logits
-    cuts = [0, 1, 700, 2500, 5000]
-    pieces = [slice(start, end) for start, end in zip(cuts, cuts[1:])]
+    pieces = [slice(0, 1), slice(1, 700), slice(700, 2500), slice(2500, 5000)]
     actual = classify_in_chunks(
         model, (tokens[:, piece] for piece in pieces), (mask[:, piece] for piece in pieces), chunk_size=300
     ).logits
@@ -107,7 +106,7 @@ def test_refusals():
         (lambda: classify_in_chunks(model, tokens, chunk_size=0), "`chunk_size` must be .* got 0"),
         (lambda: classify_in_chunks(model, tokens, chunk_size=2.5), "`chunk_size` must be .* got 2.5"),
         (lambda: classify_in_chunks(model, []), "at least one piece"),
-        (lambda: classify_in_chunks(model, [tokens, tokens[:1]]), "same number of rows, got 2 and 1"),
+        (lambda: classify_in_chunks(model, [tokens, tokens[:1]]), "as many rows, got 2 and 1"),
         (lambda: classify_in_chunks(model, tokens[0]), r"shape \(batch, seq\), got \(6,\)"),
         (lambda: classify_in_chunks(model, tokens, mask[:, 1:]), r"shape of `input_ids` \(2, 6\), got \(2, 5\)"),
         (lambda: classify_in_chunks(model, [tokens], mask), "an iterable where it is not"),

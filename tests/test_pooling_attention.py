@@ -102,7 +102,7 @@ ATTENDING = [(1, None), (3, None), (1, 5), (2, 4)]
 @pytest.mark.parametrize(("heads", "score_size"), ATTENDING)
 @PRECISIONS
 def test_pooling_attends_as_the_equations(heads, score_size, dtype):
-    """Weights and vectors of every head: exactly zero at padding, rows that sum to one, zeros where there is no token."""
+    """Weights and vectors of every head: nothing at padding, rows that sum to one, zeros where there is no token."""
     tolerance = FLOATS[dtype]
     module = randomize(SequencePooling("attention", 8, False, heads, score_size)).to(dtype)
     with torch.no_grad():

@@ -65,7 +65,7 @@ def test_words_that_are_wanted(tmp_path):
 
 
 def test_white_space_within_words(tmp_path):
-    """Only spaces part fields: a no-break space, which fastText has in words, does not, and no line separator ends one."""
+    """Only spaces part fields: a no-break space, which fastText has in words, does not; nor does U+2028 end a line."""
     path = write(tmp_path / "a.vec", "2 2\n10\u00a0000 1 2\na\u2028b 3 4\n")
     assert_read(read_word_vectors(path), {"10\u00a0000": [1, 2], "a\u2028b": [3, 4]})
 

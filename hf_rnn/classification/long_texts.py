@@ -69,7 +69,7 @@ def classify_in_chunks(
     cache, pooled, all_scores, masks, batch = None, None, [], [], None
     for ids, mask in _chunks(input_ids, attention_mask, chunk_size):
         if batch is not None and len(ids) != batch:
-            raise ValueError(f"All pieces of `input_ids` must have the same number of rows, got {batch} and {len(ids)}.")
+            raise ValueError(f"All pieces of `input_ids` must have as many rows, got {batch} and {len(ids)}.")
         batch = len(ids)
         ids = ids.to(model.device)
         mask = None if mask is None else mask.to(model.device)

@@ -129,9 +129,7 @@ def read_word_vectors(
         raise ValueError(f"{path}: the first line says {promised} words, but {number - 1} lines follow")
 
     asked_for = list(vectors) if asked_for is None else asked_for
-    rows = [
-        vectors.get(word, vectors.get(word.lower()) if lowercase_fallback else None) for word in asked_for
-    ]
+    rows = [vectors.get(word, vectors.get(word.lower()) if lowercase_fallback else None) for word in asked_for]
     found = torch.tensor([row is not None for row in rows], dtype=torch.bool)
     zeros = torch.zeros(dimension)
     stacked = torch.stack([zeros if row is None else row for row in rows]) if rows else torch.zeros(0, dimension)
