@@ -158,6 +158,10 @@ class DataArguments:
         default=None, metadata={"help": "A class such as `out of scope`: its recall, and the accuracy on all others."}
     )
     skip_bad_lines: bool = field(default=False, metadata={"help": "Leave out malformed lines instead of stopping."})
+    vocabulary_files: str | None = field(
+        default=None,
+        metadata={"help": "More texts, as train_file, whose words a new tokenizer knows: those of later data."},
+    )
     tokenization: str = field(default="words", metadata={"help": "words, subwords or characters, if it is new."})
     vocab_size: int = field(default=30000, metadata={"help": "Tokens of a new tokenizer of words or subwords."})
     min_frequency: int = field(default=1, metadata={"help": "How often a word must occur to be one."})
@@ -386,7 +390,10 @@ def encode_texts(
 
 
 def new_tokenizer(rows: list[LabelledText], args: DataArguments) -> PreTrainedTokenizerBase:
-    """A tokenizer made from the training texts."""
+    """A tokenizer made from the training texts, and from others that it is to know."""
+    if args.vocabulary_files is not None:
+        columns = Columns(args.text_column or "text", args.label_column or "label", args.id_column)
+        rows = rows + read_texts(args.vocabulary_files, columns, False, args.skip_bad_lines)["train"]
     texts = (row.text for row in rows)
     if args.tokenization == "words":
         tokenizer = train_word_tokenizer(texts, args.vocab_size, args.min_frequency, args.lowercase)
