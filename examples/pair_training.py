@@ -34,12 +34,12 @@ from training_helpers import (
     SeedSamplerByEpoch,
     StopOnSignal,
     UsageError,
-    average_checkpoints,
     checkpoint_to_resume,
     load_pretrained,
+    make_tokenizer,
     prefers_bf16,
-    report_stop,
     say,
+    train,
 )
 
 
@@ -274,26 +274,6 @@ def encode_pairs(
     return Dataset.from_dict(columns)
 
 
-def make_tokenizer(
-    model_args: ModelArguments,
-    training_args: PairTrainingArguments,
-    checkpoint: str | None,
-    train_tokenizer: Callable[[], PreTrainedTokenizerBase],
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run to resume, the one asked for, the model's, or a new one, saved in the output folder."""
-    name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
-    if name is not None:
-        return load_pretrained(AutoTokenizer, name)
-    with training_args.main_process_first(local=False, desc="training the tokenizer"):
-        if training_args.process_index == 0:
-            try:
-                tokenizer = train_tokenizer()
-            except ValueError as error:
-                raise UsageError(str(error)) from error
-            tokenizer.save_pretrained(training_args.output_dir)
-    return AutoTokenizer.from_pretrained(training_args.output_dir)
-
-
 def make_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model to train further, or a new one with the fields of `args`."""
     if args.model_name_or_path is not None:
@@ -374,26 +354,6 @@ def generate_texts(
             bar.update(len(batch))
     translations = dict(gather_object(done) if args.world_size > 1 else done)
     return [translations[index].strip() for index in range(len(sources))]
-
-
-def train(trainer: Seq2SeqTrainer, stop: StopOnSignal, checkpoint: str | None, args: PairTrainingArguments) -> bool:
-    """Trains, and averages checkpoints if asked to. Returns whether training came to its end."""
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.requested:
-        report_stop(trainer)
-        return False
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    if args.average_checkpoints > 1:
-        before = trainer.evaluate()
-        names = average_checkpoints(trainer.model, args.output_dir, args.average_checkpoints)
-        after = trainer.evaluate()
-        score = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-        score = score if score in after else "eval_loss"
-        say(f"Mean of {', '.join(names)}: {score} {after[score]:.4g}, before {before[score]:.4g}.")
-        trainer.save_metrics("eval", {f"{score}_before_averaging": before[score]})
-    return True
 
 
 def run_pairs(

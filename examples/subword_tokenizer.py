@@ -18,6 +18,7 @@ LEVELS = ("characters", "words")  # what is a symbol
 # A word takes the space before it and an apostrophe after it (l'|ami, don'|t); digits stand alone; a run of other signs
 # takes any white space before it, so that a narrow no-break space and the sign it belongs to can become one token.
 PIECES = r" ?[\p{L}\p{M}]+['’]?|\s?\p{N}|\s?[^\s\p{L}\p{M}\p{N}]+|\s"
+WORDS = r"[\p{L}\p{M}\p{N}_]+|[^\p{L}\p{M}\p{N}_]"  # words and single signs, where there is no white space
 
 
 def train_subword_tokenizer(
@@ -106,6 +107,38 @@ def train_symbol_tokenizer(
     if target_level == "characters":
         tokenizer.decoder = decoders.Fuse()
     return _wrap(tokenizer, add_eos=True)
+
+
+def train_word_tokenizer(
+    texts: Iterable[str], vocab_size: int, min_frequency: int = 1, lowercase: bool = True
+) -> PreTrainedTokenizerFast:
+    """
+    Makes a tokenizer with one token for each word of `texts`, the most frequent first. White space and signs end a
+    word; each sign is a token. Other words become `<unk>`.
+
+    Args:
+        texts (`Iterable[str]`): The training text.
+        vocab_size (`int`): Number of tokens, the special ones included; fewer if there are not as many words.
+        min_frequency (`int`): How often a word has to occur.
+        lowercase (`bool`): Whether capital letters are read as small ones.
+
+    Raises:
+        `ValueError`: There is no room for a word, or `min_frequency` is below 1.
+    """
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise ValueError(f"`vocab_size` must be above {len(SPECIAL_TOKENS)} (the special tokens), got {vocab_size}.")
+    if min_frequency < 1:
+        raise ValueError(f"`min_frequency` must be at least 1, got {min_frequency}.")
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(WORDS), behavior="isolated")]
+    )
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer, add_eos=False)
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) -> list[str]:

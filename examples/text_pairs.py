@@ -103,12 +103,8 @@ def read_pairs(
     name = str(path).lower().removesuffix(".gz")
     if comma and not Path(path).exists():
         path, records = first_path, _plain_records(first_path, second_path)
-    elif name.endswith(TSV_SUFFIXES):
-        records = _table_records(path, _tsv_rows(path), columns)
-    elif name.endswith(".csv"):
-        records = _table_records(path, _csv_rows(path), columns)
-    elif name.endswith(JSON_SUFFIXES):
-        records = _json_records(path, columns)
+    elif name.endswith((*TSV_SUFFIXES, ".csv", *JSON_SUFFIXES)):
+        records = read_records(path, columns)
     else:
         raise DataError(
             path,
@@ -129,6 +125,42 @@ def read_pairs(
     return pairs
 
 
+def read_records(
+    path: str | Path, columns: tuple[str, ...] | None, optional: tuple[str, ...] = (), texts_only: bool = True
+) -> "Records":
+    """
+    Reads the fields `columns` of a tsv, csv or JSON lines file, then those of `optional`, which are None where the file
+    has no such column. Without `columns` these are the first two of each line, and tables have no header. A field of a
+    JSON line has to be text, unless `texts_only` is false.
+
+    Yields the number of each line with its fields or, as one string, what is wrong with it. Raises `DataError` for what
+    is wrong with the whole file, such as a column that a header lacks.
+    """
+    name = str(path).lower().removesuffix(".gz")
+    if name.endswith(TSV_SUFFIXES):
+        return _table_records(path, _tsv_rows(path), columns, optional)
+    if name.endswith(".csv"):
+        return _table_records(path, _csv_rows(path), columns, optional)
+    if name.endswith(JSON_SUFFIXES):
+        return _json_records(path, columns, optional, texts_only)
+    raise DataError(path, None, "unknown kind of file: expected a name in .tsv, .csv or .jsonl (or any of them + .gz)")
+
+
+def load_hub_split(name: str, config_name: str | None, split: str) -> Any:
+    """A split of a data set of the Hub (or a local folder that `datasets` can load); `DataError` if there is none."""
+    from datasets import get_dataset_split_names, load_dataset
+
+    try:
+        splits = get_dataset_split_names(name, config_name)
+        if split not in splits:
+            raise DataError(name, None, f"has no split {split!r}, only {', '.join(splits)}")
+        return load_dataset(name, config_name, split=split)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises many kinds, from network errors to unknown configurations
+        raise DataError(name, None, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
 def pairs_from_hub(
     name: str, config_name: str | None, split: str, source_column: str | None, target_column: str | None
 ) -> list[tuple[str, str]]:
@@ -138,21 +170,11 @@ def pairs_from_hub(
     Columns are named as in `read_pairs`: flat columns, or the keys of a column `translation`. Rows with an empty side
     are left out. Raises `DataError` when the data set, the split or a column does not exist.
     """
-    from datasets import get_dataset_split_names, load_dataset
-
-    try:
-        splits = get_dataset_split_names(name, config_name)
-        if split not in splits:
-            raise DataError(name, None, f"has no split {split!r}, only {', '.join(splits)}")
-        dataset = load_dataset(name, config_name, split=split)
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises many kinds, from network errors to unknown configurations
-        raise DataError(name, None, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+    dataset = load_hub_split(name, config_name, split)
     columns = None if source_column is None else (source_column, target_column)
     pairs = []
     for number, row in enumerate(dataset, start=1):
-        record = _pair_of_object(row, columns)
+        record = _fields_of_object(row, columns)
         if isinstance(record, str):
             raise DataError(f"{name} ({split})", number, record)
         if _problem_of(record) is None:
@@ -162,8 +184,9 @@ def pairs_from_hub(
     return pairs
 
 
-# The readers below yield (line number, record), where a record is a pair of strings or, as one string, what is wrong.
-Records = Iterator[tuple[int, tuple[str, str] | str]]
+# The readers below yield (line number, record), where a record is a tuple of fields (for pairs two strings) or, as one
+# string, what is wrong.
+Records = Iterator[tuple[int, tuple | str]]
 
 
 def _problem_of(pair: tuple[str, str]) -> str | None:
@@ -189,8 +212,10 @@ def _csv_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
         yield first_line, row
 
 
-def _table_records(path: str | Path, rows: Iterator[tuple[int, list[str]]], columns: tuple[str, str] | None) -> Records:
-    source, target, width = 0, 1, None
+def _table_records(
+    path: str | Path, rows: Iterator[tuple[int, list[str]]], columns: tuple[str, ...] | None, optional: tuple[str, ...]
+) -> Records:
+    places, width = [0, 1], None
     for number, row in rows:
         if width is None:
             width = len(row)
@@ -198,17 +223,19 @@ def _table_records(path: str | Path, rows: Iterator[tuple[int, list[str]]], colu
                 for column in columns:
                     if column not in row:
                         raise DataError(path, number, f"no column {column!r} in the header, which has {row}")
-                source, target = row.index(columns[0]), row.index(columns[1])
+                places = [row.index(column) if column in row else None for column in (*columns, *optional)]
                 continue
             if width < 2:
                 raise DataError(path, number, f"expected at least 2 fields, found {width}")
         if len(row) != width:
             yield number, f"expected {width} fields, found {len(row)}" if any(row) else "empty line"
         else:
-            yield number, (row[source], row[target])
+            yield number, tuple(None if place is None else row[place] for place in places)
 
 
-def _json_records(path: str | Path, columns: tuple[str, str] | None) -> Records:
+def _json_records(
+    path: str | Path, columns: tuple[str, ...] | None, optional: tuple[str, ...], texts_only: bool
+) -> Records:
     for number, line in read_lines(path):
         if not line.strip():
             yield number, "empty line"
@@ -218,13 +245,15 @@ def _json_records(path: str | Path, columns: tuple[str, str] | None) -> Records:
         except json.JSONDecodeError as error:
             yield number, f"not a JSON value ({error.msg}, column {error.colno}); one JSON object per line is expected"
             continue
-        record = _pair_of_object(row, columns)
+        record = _fields_of_object(row, columns, optional, texts_only)
         if columns is None and isinstance(record, tuple):
             columns = tuple((row.get("translation") or row).keys())[:2]  # later lines may order their keys otherwise
         yield number, record
 
 
-def _pair_of_object(row: Any, columns: tuple[str, str] | None) -> tuple[str, str] | str:
+def _fields_of_object(
+    row: Any, columns: tuple[str, ...] | None, optional: tuple[str, ...] = (), texts_only: bool = True
+) -> tuple | str:
     if isinstance(row, dict) and isinstance(row.get("translation"), dict):
         row = row["translation"]
     if not isinstance(row, dict):
@@ -236,9 +265,9 @@ def _pair_of_object(row: Any, columns: tuple[str, str] | None) -> tuple[str, str
     for column in columns:
         if column not in row:
             return f"no field {column!r}, only {list(row)}"
-        if not isinstance(row[column], str):
+        if texts_only and not isinstance(row[column], str):
             return f"field {column!r} is not text but {type(row[column]).__name__}"
-    return row[columns[0]], row[columns[1]]
+    return tuple(row.get(column) for column in (*columns, *optional))
 
 
 def _plain_records(source_path: str, target_path: str) -> Records:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
@@ -189,6 +197,29 @@ def average_checkpoints(model: PreTrainedModel, output_dir: str | Path, count: i
     return [path.name for path in checkpoints]
 
 
+def make_tokenizer(
+    model_args: Any,
+    training_args: TrainingArguments,
+    checkpoint: str | None,
+    train_tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of the run to resume, the one asked for, the model's, or a new one, saved in the output folder.
+    A `ValueError` of `train_tokenizer` is shown as one line.
+    """
+    name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
+    if name is not None:
+        return load_pretrained(AutoTokenizer, name)
+    with training_args.main_process_first(local=False, desc="training the tokenizer"):
+        if training_args.process_index == 0:
+            try:
+                tokenizer = train_tokenizer()
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+            tokenizer.save_pretrained(training_args.output_dir)
+    return AutoTokenizer.from_pretrained(training_args.output_dir)
+
+
 def resume_command() -> str:
     """The command line of this run with `--resume_from_checkpoint true` in place of what it said about that."""
     words, skip_value = [], False
@@ -208,6 +239,26 @@ def report_stop(trainer: Trainer) -> None:
     """Says where a run stopped and how to continue it."""
     checkpoint = last_checkpoint(trainer.args.output_dir)
     say(f"\nStopped after step {trainer.state.global_step}, saved in {checkpoint}. To continue:\n  {resume_command()}")
+
+
+def train(trainer: Trainer, stop: "StopOnSignal", checkpoint: str | None, args: TrainingArguments) -> bool:
+    """Trains, and averages checkpoints if asked to. Returns whether training came to its end."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.requested:
+        report_stop(trainer)
+        return False
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if args.average_checkpoints > 1:
+        before = trainer.evaluate()
+        names = average_checkpoints(trainer.model, args.output_dir, args.average_checkpoints)
+        after = trainer.evaluate()
+        score = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        score = score if score in after else "eval_loss"
+        say(f"Mean of {', '.join(names)}: {score} {after[score]:.4g}, before {before[score]:.4g}.")
+        trainer.save_metrics("eval", {f"{score}_before_averaging": before[score]})
+    return True
 
 
 class StopOnSignal(TrainerCallback):

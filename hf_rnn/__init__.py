@@ -15,6 +15,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .attention import ATTENTION_SCORES
+from .classification import classify_in_chunks
 from .configuration_rnn import RNNConfig
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .fast_paths import FAST_PATHS, loop_only, without_fast_paths
@@ -33,7 +34,7 @@ from .modeling_rnn_seq2seq import RNNSeq2SeqForConditionalGeneration, RNNSeq2Seq
 from .peft_targets import lora_target_modules, lora_target_parameters
 from .pipelines.question_answering import QuestionAnsweringPipeline
 from .pipelines.text_to_text import SummarizationPipeline, TranslationPipeline
-from .plots import plot_attention, plot_gates, plot_states
+from .plots import plot_attention, plot_confusion, plot_gates, plot_pooling, plot_states
 from .recurrent_cache import detach_state
 from .recurrent_cells import RECURRENT_CELLS
 from .training_summary import write_cards
@@ -97,13 +98,16 @@ __all__ = [
     "RECURRENT_CELLS",
     "REGISTRATION",
     "align",
+    "classify_in_chunks",
     "create_model_card",
     "detach_state",
     "loop_only",
     "lora_target_modules",
     "lora_target_parameters",
     "plot_attention",
+    "plot_confusion",
     "plot_gates",
+    "plot_pooling",
     "plot_states",
     "replace_unknowns",
     "save_model_card",

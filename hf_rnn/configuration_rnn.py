@@ -41,6 +41,12 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             How a sequence becomes one vector for the sequence heads: `"last"` (the final state of each direction),
             `"mean"`, `"max"`, `"concat"` (of the three before) or `"attention"` (a learned weighted mean). Padding
             never takes part.
+        pooling_heads (`int`, *optional*, defaults to 1):
+            Number of weighted means side by side, for `pooling="attention"`
+            ([Lin et al., 2017](https://huggingface.co/papers/1703.03130)).
+        pooling_attention_size (`int`, *optional*):
+            Width of a tanh layer before the scores of `pooling="attention"`, as in
+            [Yang et al. (2016)](https://aclanthology.org/N16-1174/); none where not given.
         word_encoder (`str`, *optional*):
             Where given, the recurrent layers read words of which each is made of several tokens, such as characters or
             sub-words: `"cnn"` makes a word's vector by a convolution over its tokens and the greatest value of each
@@ -110,6 +116,8 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     bidirectional: bool = False
     residual: bool = False
     pooling: str = "last"
+    pooling_heads: int = 1
+    pooling_attention_size: int | None = None
     word_encoder: str | None = None
     first_continuation_id: int | None = None
     word_encoder_size: int = 64
@@ -151,14 +159,15 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         """Raises `ValueError` where fields are out of range or do not fit together."""
         check_layers(self, "num_hidden_layers")
         check_recurrence(self)
-        check_one_of(self, "pooling", POOLING_TYPES)
-        self._validate_words()
+        self.validate_pooling()
+        self.validate_words()
         check_one_of(self, "crf_constraints", CONSTRAINTS)
         check_names(self, "id2intent")
         if self.use_crf:
             forbidden_steps(self.label_names, self.crf_constraints)
 
-    def _validate_words(self):
+    def validate_words(self):
+        """Raises `ValueError` where the fields of `word_encoder` are out of range or do not fit together."""
         check_at_least(self, 1, "word_encoder_size", "word_encoder_width", "word_embedding_size")
         check_at_least(self, 0, "word_vocab_size")
         check_at_most(
@@ -189,6 +198,20 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             )
         if self.word_vocab_size == 1:
             raise ValueError("`word_vocab_size` must be 0, or the unknown word and at least one other, got 1.")
+
+    def validate_pooling(self):
+        """Raises `ValueError` where the fields of `pooling` are out of range or do not fit together."""
+        check_one_of(self, "pooling", POOLING_TYPES)
+        check_at_least(self, 1, "pooling_heads")
+        check_at_most(self, MAX_SIZE, "pooling_heads")
+        if self.pooling_attention_size is not None:
+            check_at_least(self, 1, "pooling_attention_size")
+            check_at_most(self, MAX_SIZE, "pooling_attention_size")
+        if self.pooling != "attention" and (self.pooling_heads != 1 or self.pooling_attention_size is not None):
+            field = "pooling_heads" if self.pooling_heads != 1 else "pooling_attention_size"
+            raise ValueError(
+                f"`{field}` is for `pooling='attention'` alone, got {getattr(self, field)} with {self.pooling!r}."
+            )
 
     def validate_layer_type(self):
         """The base class knows a closed list of layer types, none of which is a recurrent state."""

@@ -445,7 +445,24 @@ class RNNForMaskedLM(RNNLanguageModelingHead):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-class RNNForSequenceClassification(RNNPreTrainedModel):
+def make_pooling(config: RNNConfig) -> SequencePooling:
+    """The pooling that a configuration asks for."""
+    return SequencePooling(
+        config.pooling, config.output_size, config.bidirectional, config.pooling_heads, config.pooling_attention_size
+    )
+
+
+class PoolingHead(RNNPreTrainedModel):
+    """What the heads on whole sequences share: pooling, whose weights come back as `attentions` where it attends."""
+
+    def attentions_asked_for(self, weights: torch.Tensor | None, kwargs: dict) -> tuple[torch.Tensor] | None:
+        """The weights that [`SequencePooling`] returned, where the arguments or the configuration want to see them."""
+        asked = kwargs.get("output_attentions")
+        asked = self.config.output_attentions if asked is None else asked
+        return (weights,) if asked and weights is not None else None
+
+
+class RNNForSequenceClassification(PoolingHead):
     r"""
     A class, several labels or numbers for a whole sequence.
 
@@ -457,7 +474,7 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = RNNModel(config)
-        self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
+        self.pooling = make_pooling(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier = nn.Linear(self.pooling.output_size, config.num_labels)
         self.post_init()
@@ -480,7 +497,9 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
                 Classes, or the labels or numbers that `config.problem_type` asks for.
 
         Returns:
-            `SequenceClassifierOutput`: `loss`, `logits` `(batch, num_labels)`.
+            `SequenceClassifierOutput`: `loss`, `logits` `(batch, num_labels)` and, where `config.pooling` is
+            `"attention"` and `output_attentions` asks for it, `attentions`: one tensor `(batch, heads, 1, seq)` of the
+            weights by which the sequence became one vector.
 
         Raises:
             `ValueError`: `position_ids` begin again at 0 within a row.
@@ -494,7 +513,8 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
         )
         refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
         mask = self.model.read_mask(input_ids, attention_mask)
-        logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, mask)))
+        pooled, weights = self.pooling(outputs.last_hidden_state, mask)
+        logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -502,10 +522,15 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
             if num_items is not None and self.config.problem_type != "single_label_classification":
                 # The stock losses for the other problem types are means over this batch alone.
                 loss = loss * labels.numel() / num_items
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=self.attentions_asked_for(weights, kwargs),
+        )
 
 
-class RNNForTokenClassification(RNNPreTrainedModel):
+class RNNForTokenClassification(PoolingHead):
     r"""
     A class for every token; with `config.id2intent` also one, the intent, for the whole text.
 
@@ -539,7 +564,7 @@ class RNNForTokenClassification(RNNPreTrainedModel):
             self.crf = LinearChainCRF(config.num_labels, forbidden_steps(config.label_names, config.crf_constraints))
         self.pooling, self.intent_classifier = None, None
         if config.num_intents:
-            self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
+            self.pooling = make_pooling(config)
             self.intent_classifier = nn.Linear(self.pooling.output_size, config.num_intents)
         self.post_init()
 
@@ -603,9 +628,10 @@ class RNNForTokenClassification(RNNPreTrainedModel):
         elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
         output = {"loss": loss, "logits": logits, "hidden_states": outputs.hidden_states}
-        intent_logits = self._intent_logits(outputs.last_hidden_state, read_mask, position_ids)
-        if intent_logits is None:
+        if self.intent_classifier is None:
             return TokenClassifierOutput(**output)
+        intent_logits, weights = self.read_intents(outputs.last_hidden_state, read_mask, position_ids)
+        output["attentions"] = self.attentions_asked_for(weights, kwargs)
         if intents is not None:
             intent_loss = nn.functional.cross_entropy(
                 intent_logits.to(torch.promote_types(intent_logits.dtype, torch.float32)), intents, reduction="sum"
@@ -660,18 +686,23 @@ class RNNForTokenClassification(RNNPreTrainedModel):
             return paths, scores - crf.log_partition(*chain).unsqueeze(-1), crf.marginals(*chain)
 
         paths, log_probabilities, marginals = self.crf(run)
+        intent_logits = None
+        if self.intent_classifier is not None:
+            intent_logits, _ = self.read_intents(hidden_states, read_mask, position_ids)
         return RNNDecodedLabels(
             paths=paths,
             log_probabilities=log_probabilities,
             marginals=marginals,
-            intent_logits=self._intent_logits(hidden_states, read_mask, position_ids),
+            intent_logits=intent_logits,
         )
 
-    def _intent_logits(self, hidden_states, read_mask, position_ids) -> torch.Tensor | None:
-        if self.intent_classifier is None:
-            return None
+    def read_intents(
+        self, hidden_states: torch.Tensor, read_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits `(batch, num_intents)` of the intents, and the weights of the pooling as it returns them."""
         refuse_packed_texts(position_ids, *hidden_states.shape[:2], read_mask)
-        return self.intent_classifier(self.dropout(self.pooling(hidden_states, read_mask)))
+        pooled, weights = self.pooling(hidden_states, read_mask)
+        return self.intent_classifier(self.dropout(pooled)), weights
 
     def chain_of(
         self,
@@ -746,7 +777,7 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
         )
 
 
-class RNNForMultipleChoice(RNNPreTrainedModel):
+class RNNForMultipleChoice(PoolingHead):
     r"""
     The best of several sequences.
 
@@ -757,7 +788,7 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
     def __init__(self, config: RNNConfig):
         super().__init__(config)
         self.model = RNNModel(config)
-        self.pooling = SequencePooling(config.pooling, config.output_size, config.bidirectional)
+        self.pooling = make_pooling(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier = nn.Linear(self.pooling.output_size, 1, bias=False)
         self.post_init()
@@ -784,7 +815,8 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
                 As in [`RNNModel`], but a row must hold one text.
 
         Returns:
-            `MultipleChoiceModelOutput`: `loss`, `logits` `(batch, choices)`.
+            `MultipleChoiceModelOutput`: `loss`, `logits` `(batch, choices)` and, as in
+            [`RNNForSequenceClassification`], `attentions`: one tensor `(batch * choices, heads, 1, seq)`.
 
         Raises:
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, a mask of a wrong shape, or
@@ -812,14 +844,19 @@ class RNNForMultipleChoice(RNNPreTrainedModel):
             **kwargs | {"use_cache": False},
         )
         refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
-        pooled = self.pooling(outputs.last_hidden_state, self.model.read_mask(input_ids, attention_mask))
+        pooled, weights = self.pooling(outputs.last_hidden_state, self.model.read_mask(input_ids, attention_mask))
         logits = self.classifier(self.dropout(pooled)).view(shape[:2])
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             num_items = kwargs.get("num_items_in_batch")
             loss = loss / (labels.numel() if num_items is None else num_items)
-        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return MultipleChoiceModelOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=self.attentions_asked_for(weights, kwargs),
+        )
 
 
 __all__ = [

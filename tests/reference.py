@@ -467,15 +467,23 @@ def pool_concat(weights: Weights, outputs: np.ndarray, bidirectional: bool) -> n
     return np.concatenate([POOLINGS[name](weights, outputs, bidirectional) for name in ("last", "mean", "max")])
 
 
+def pooling_weights(weights: Weights, outputs: np.ndarray) -> np.ndarray:
+    """`[heads, tokens]`: softmax(w . h), or softmax(w . tanh(W h + b)) as Yang et al. (2016) do, for each head."""
+    if "projection.weight" in weights:
+        outputs = np.tanh(linear(weights, "projection", outputs))
+    return np.stack([softmax(scores) for scores in linear(weights, "score", outputs).T])
+
+
 @pooling("attention")
 def pool_attention(weights: Weights, outputs: np.ndarray, bidirectional: bool) -> np.ndarray:
-    """Yang et al. (2016) in one layer: softmax(w . h + b)."""
-    return softmax(linear(weights, "score", outputs)[:, 0]) @ outputs
+    """Lin et al. (2017): a weighted mean for each head, side by side."""
+    return np.concatenate([head @ outputs for head in pooling_weights(weights, outputs)])
 
 
 def pool(name: str, weights: Weights, outputs: np.ndarray, mask: np.ndarray, bidirectional: bool) -> np.ndarray:
     """Pools `[batch, seq, size]` row by row over the tokens; a row without any gives zeros."""
-    size = outputs.shape[-1] * (3 if name == "concat" else 1)
+    heads = len(weights["score.weight"]) if name == "attention" else 1
+    size = outputs.shape[-1] * (3 if name == "concat" else heads)
     pooled = np.zeros((len(outputs), size))
     for row, tokens in enumerate(mask.astype(bool)):
         if tokens.any():

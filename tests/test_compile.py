@@ -6,6 +6,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from hf_rnn import RECURRENT_CELLS, loop_only
+from hf_rnn.configuration_rnn import POOLING_TYPES
 from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_layer import RecurrentLayer
 from hf_rnn.recurrent_operator import recurrent_layer
@@ -180,6 +181,41 @@ def test_graphs_of_scores(options):
         inputs["input_ids"] = make_tokens(batch, source)
         compare(model, compiled, inputs | {"attention_mask": random_mask(batch, source)})
     assert len(graphs) <= 3
+
+
+@pytest.mark.parametrize("pooling", [pooling for pooling in POOLING_TYPES if pooling != "last"])
+def test_graphs_of_pooling(pooling):
+    """Pooling with its weights, in one graph for all lengths and batch sizes, compiled with gradients and exported."""
+    name = "RNNForSequenceClassification"
+    attending = {"pooling_heads": 2, "pooling_attention_size": 5} if pooling == "attention" else {}
+    model = make_model(name, pooling=pooling, bidirectional=True, **attending).train()
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for batch, seq in [(6, 7), (5, 8), (4, 12), (2, 16)]:
+        inputs = make_inputs(name, batch, seq) | {"attention_mask": random_mask(batch, seq)}
+        compare(model, compiled, inputs)
+        outputs = [module(**inputs, output_attentions=True) for module in (compiled, model)]
+        assert ("attentions" in outputs[0]) == (pooling == "attention")
+        for pair in zip(*(output.get("attentions") or () for output in outputs), strict=True):
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+    assert len(graphs) <= 6
+
+    model.eval().config.output_attentions = True
+    inputs = {"input_ids": make_tokens(4, 9), "attention_mask": random_mask(4, 9)}
+    dynamic = {key: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for key in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False).module()
+    for batch, seq in [(2, 3), (7, 21)]:
+        inputs = {"input_ids": make_tokens(batch, seq), "attention_mask": random_mask(batch, seq)}
+        actual, expected = program(**inputs), model(**inputs)
+        torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-12)
+        assert ("attentions" in actual) == (pooling == "attention")
+        for pair in zip(actual.get("attentions") or (), expected.get("attentions") or (), strict=True):
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, DynamicCache, StaticCache
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, REGISTRATION, RNNSeq2SeqConfig
+from hf_rnn.configuration_rnn import POOLING_TYPES
 from hf_rnn.recurrent_layer import RecurrentLayer
 from matrix import (
     DECODERS,
@@ -33,6 +34,7 @@ from matrix import (
 
 SEQ2SEQ = [name for name, (config_class, _) in MODEL_CLASSES.items() if config_class is RNNSeq2SeqConfig]
 BASES = [next(iter(classes)).__name__ for classes in REGISTRATION.values()]
+POOLED = ["RNNForSequenceClassification", "RNNForMultipleChoice"]
 HEADS = [name for name in MODEL_CLASSES if name not in BASES]
 VOCABULARY_HEADS = ["RNNForCausalLM", "RNNForMaskedLM", "RNNSeq2SeqForConditionalGeneration"]
 over_classes = pytest.mark.parametrize("name", MODEL_CLASSES)
@@ -147,6 +149,39 @@ def test_every_combination_of_outputs(name):
             assert all(torch.equal(left, right) for left, right in zip(one, other))
         assert torch.equal(by_call[0], plain[0])
         assert torch.equal(by_config[0], plain[0])
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_attentions_of_pooling(name):
+    """Heads that pool by attention show its weights where they are asked for; those that pool otherwise have none."""
+    inputs = padded_inputs(name, with_labels=True)
+    mask = inputs["attention_mask"].flatten(0, -2)
+    for pooling in POOLING_TYPES:
+        for options in [{}, {"pooling_heads": 3, "pooling_attention_size": 5}] if pooling == "attention" else [{}]:
+            model = make_model(name, pooling=pooling, bidirectional=True, **options)
+            assert model(**inputs).attentions is None
+            output = model(**inputs, output_attentions=True)
+            if pooling != "attention":
+                assert output.attentions is None
+                continue
+            (weights,) = output.attentions
+            assert weights.shape == (len(mask), options.get("pooling_heads", 1), 1, mask.shape[-1])
+            assert (weights.masked_select(mask[:, None, None] == 0) == 0).all()
+            is_text = mask.any(1).double()[:, None, None]
+            torch.testing.assert_close(weights.sum(-1), is_text.expand(weights.shape[:3]), rtol=0, atol=1e-12)
+            # They are what the sequence was pooled by.
+            states = model.model(
+                *(inputs[key].flatten(0, -2) for key in ("input_ids", "attention_mask"))
+            ).last_hidden_state
+            pooled = (weights.squeeze(2) @ states).flatten(1)
+            logits = model.classifier(pooled).view(output.logits.shape)
+            torch.testing.assert_close(logits, output.logits, rtol=0, atol=1e-12)
+            model.config.output_attentions = True
+            assert torch.equal(model(**inputs).attentions[0], weights)
+            assert torch.equal(model(**inputs, return_dict=False)[2][0], weights)
+            assert model(**inputs, output_attentions=False).attentions is None
+            weights[weights > 0].square().sum().backward()
+            assert model.pooling.score.weight.grad.abs().sum() > 0
 
 
 @over_classes

@@ -196,7 +196,10 @@ def test_onnx_computes_what_torch_does(batch_length, language_model, language_ru
     ("name", "options"),
     [
         ("RNNForSequenceClassification", {"bidirectional": True, "pooling": "concat", "cell_type": "gru"}),
-        pytest.param("RNNForSequenceClassification", {"pooling": "attention"}, marks=pytest.mark.slow),
+        (
+            "RNNForSequenceClassification",
+            {"bidirectional": True, "pooling": "attention", "pooling_heads": 2, "pooling_attention_size": 5},
+        ),
         pytest.param("RNNForTokenClassification", {"bidirectional": True}, marks=pytest.mark.slow),
         pytest.param("RNNForQuestionAnswering", {"bidirectional": True, "residual": True}, marks=pytest.mark.slow),
         ("RNNForTokenClassification", WORDS[0]),

@@ -115,6 +115,8 @@ FIELDS = {
         "num_hidden_layers": is_depth,
         "bidirectional": is_bool,
         "pooling": is_one_of(*POOLING_TYPES),
+        "pooling_heads": is_width,
+        "pooling_attention_size": lambda value: value is None or is_width(value),
         "classifier_dropout": lambda value: value is None or is_dropout(value),
         "use_crf": lambda value: value is False,
     },
@@ -207,6 +209,16 @@ MISFITS = [
         lambda of: of["input_feeding"] and of["decoder_type"] != "luong",
         "input_feeding",
     ),
+    (
+        ["pooling", "pooling_heads"],
+        lambda of: of["pooling"] != "attention" and of["pooling_heads"] != 1,
+        "pooling_heads",
+    ),
+    (
+        ["pooling", "pooling_attention_size"],
+        lambda of: of["pooling"] != "attention" and of["pooling_attention_size"] is not None,
+        "pooling_attention_size",
+    ),
     (["unk_token_id", "pointer_generator", "vocab_size"], lacks_unknown_token, "unk_token_id"),
     (
         ["decoder_type", "decoder_layers"],
@@ -298,6 +310,9 @@ def models(draw, names):
             "bidirectional": name not in STATEFUL and draw(st.booleans()),
             "pooling": draw(st.sampled_from(POOLING_TYPES)),
         }
+        if options["pooling"] == "attention":
+            options["pooling_heads"] = draw(st.integers(1, 3))
+            options["pooling_attention_size"] = draw(st.none() | st.integers(1, 5))
     return name, make_fuzzed_model(name, options)
 
 

@@ -269,6 +269,7 @@ def test_any_missing_weight_starts_as_configured(name, poison):
         all_options = [{"attention_score": "additive", "decoder_type": kind} for kind in ("luong", "bahdanau", "gnmt")]
     elif "ForSequence" in name or "Choice" in name:
         all_options.append({"pooling": "attention", "cell_type": "gru"})
+        all_options.append({"pooling": "attention", "pooling_heads": 2, "pooling_attention_size": 5})
     for options in all_options:
         model = make_model(name, torch.float32, **options, **STARTS)
         state = dict(model.named_parameters())

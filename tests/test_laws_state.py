@@ -354,7 +354,8 @@ def test_every_pooling_ignores_padding(name, pooling):
     for options in options_of(name):
         if options.get("residual"):
             continue
-        model = make_model(name, pooling=pooling, **options)
+        attending = {"pooling_heads": 2, "pooling_attention_size": 4} if pooling == "attention" else {}
+        model = make_model(name, pooling=pooling, **attending, **options)
         with torch.no_grad(), loop_only():
             alone = rows_alone(model, name)
         expected = None

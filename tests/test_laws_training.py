@@ -64,6 +64,8 @@ def is_seq2seq(name: str) -> bool:
 def training_options(name: str) -> list[dict]:
     """All options, and those that add parameters or take some away."""
     extra = [{"pooling": pooling, "bidirectional": True} for pooling in POOLING_TYPES] if name in POOLED else []
+    if name in POOLED:
+        extra.append({"pooling": "attention", "pooling_heads": 2, "pooling_attention_size": 5})
     if name in ("RNNForCausalLM", "RNNForMaskedLM"):
         extra = [{"tie_word_embeddings": True}, {"tie_word_embeddings": True, "embedding_size": 6}]
     if is_seq2seq(name):

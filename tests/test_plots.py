@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from hf_rnn import extras, plot_attention, plot_gates, plot_states
+from hf_rnn import extras, plot_attention, plot_confusion, plot_gates, plot_pooling, plot_states
 from hf_rnn.plots.states import Place, lay_out
 from matrix import make_model, make_tokens
 
@@ -92,6 +92,65 @@ def test_states_colour_the_text():
     assert len([axes for axes in two.axes if axes.collections and axes.texts]) == 2
 
 
+def test_pooling_colours_words():
+    """Each word stands on the colour of its weight; heads repeat the text, padding is left out, lines go on."""
+    words = ["the", "$x$", " ", "good"]
+    figure = draw(plot_pooling([0.1, 0.2, 0.0, 0.7], words, names=["positive"], title="$t"))
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["the", "$x$", "␣", "good"]
+    assert axes.get_title(loc="left") == "positive"
+    assert figure.get_suptitle() == "$t"
+    boxes = boxes_of(axes)
+    brightness = [float(color[:3].sum()) for _, color in boxes]
+    assert sorted(brightness, reverse=True) == [brightness[index] for index in (2, 0, 1, 3)]
+    lefts = [corner[0] for corner, _ in boxes]
+    assert lefts == sorted(lefts)
+    for text, (left, _), after in zip(axes.texts, (corner for corner, _ in boxes), [*lefts[1:], 99]):
+        assert left < text.get_position()[0] < after
+
+    model = make_model("RNNForSequenceClassification", pooling="attention", pooling_heads=2, dtype=torch.bfloat16)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    weights = model(make_tokens(2, 7), mask, output_attentions=True).attentions[0]
+    texts = [["word"] * 7, ["日本", "語", "ab", "c"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure = plot_pooling(weights, texts, columns=20, names=["first", "second"])
+    panels = [axes for axes in figure.axes if axes.collections and axes.texts]
+    titles = [axes.get_title(loc="left") for axes in panels]
+    assert titles == ["first, head 1", "first, head 2", "second, head 1", "second, head 2"]
+    assert [len(axes.texts) for axes in panels] == [7, 7, 4, 4]
+    assert {corner[1] for corner, _ in boxes_of(panels[0])} == {0.06, 1.06, 2.06}
+
+
+def test_confusion_of_classes():
+    """Rows are classes, colours shares of them, numbers counts; of many those with the most errors are shown."""
+    counts = [[8, 2, 0], [0, 5, 0], [1, 0, 0]]
+    figure = draw(plot_confusion(counts, ["$a", "b", " "], title="t"))
+    axes = figure.axes[0]
+    shares = torch.tensor([[0.8, 0.2, 0], [0, 1, 0], [1, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(torch.tensor(axes.images[0].get_array()), shares)
+    assert labels_of(axes.yaxis) == labels_of(axes.xaxis) == ["$a", "b", "␣"]
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((0, 0), "8"),
+        ((1, 0), "2"),
+        ((1, 1), "5"),
+        ((0, 2), "1"),
+    }
+    many = torch.eye(50, dtype=torch.long) * 10
+    many[3, 7] = 5
+    many[40, 3] = 2
+    axes = draw(plot_confusion(many, [f"class {index}" for index in range(50)], most=2)).axes[0]
+    assert labels_of(axes.yaxis) == ["class 3", "class 7", "48 others"]
+    expected = torch.tensor([[10, 5, 0], [0, 10, 0], [2, 0, 480]], dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.tensor(axes.images[0].get_array()), expected / expected.sum(1, keepdim=True), rtol=1e-9, atol=0
+    )
+    large = draw(plot_confusion(torch.zeros(150, 150), [f"class {index}" for index in range(150)]))
+    assert not large.axes[0].texts
+    assert max(large.get_size_inches()) < 20
+
+
 def test_layout_of_scripts():
     """Wide letters take two columns, marks none of their own; right-to-left lines are mirrored; tokens stay whole."""
     assert lay_out("日a", 10) == [Place(0, 0, 2), Place(0, 2, 1)]
@@ -155,6 +214,18 @@ def test_refusals():
         (lambda: plot_states("ab", square, names=["a"]), "`names` must be 2 names"),
         (lambda: plot_states("ab", square, columns=0), "`columns` must be at least 1, got 0"),
         (lambda: plot_states("ab", square, limit=0.0), "`limit` must be positive, got 0.0"),
+        (lambda: plot_pooling([0.5, 0.5], ["a", "b", "c"]), r"at least 3 words\), got \(1, 2\) for 3 words"),
+        (lambda: plot_pooling(square[None, None], [["a", "b"]]), r"`attention\[0\]` must have the shape"),
+        (lambda: plot_pooling([2.0], ["a"]), "between 0 and 1, got 2 to 2"),
+        (lambda: plot_pooling([], []), "at least one text, got none"),
+        (lambda: plot_pooling([[0.5]], [["a"], ["b"]]), "weights of 2 texts, got 1"),
+        (lambda: plot_pooling([0.5], ["a"], names=["x", "y"]), "`names` must be 1 names, got 2"),
+        (lambda: plot_pooling([0.5], ["a"], columns=0), "`columns` must be at least 1, got 0"),
+        (lambda: plot_pooling([0.5], ["a"], limit=-1.0), "`limit` must be positive, got -1.0"),
+        (lambda: plot_confusion(square, ["a", "b"]), "whole numbers of at least 0"),
+        (lambda: plot_confusion(square.round() - 1, ["a", "b"]), "whole numbers of at least 0"),
+        (lambda: plot_confusion([[1, 2]], ["a", "b"]), r"each of 2 labels, got the shape \(1, 2\)"),
+        (lambda: plot_confusion([[1]], ["a"], most=0), "`most` must be at least 1, got 0"),
         (lambda: plot_gates({}, "ab"), "at least one gate"),
         (lambda: plot_gates({"input": square}, "abc"), r"`gates\['input'\]` must have the shape \(3 tokens"),
         (lambda: plot_gates({"input": square}, "ab", units=[2]), "`units` must be between 0 and 1, got 2"),
@@ -171,6 +242,8 @@ def test_without_matplotlib(monkeypatch):
         lambda: plot_attention([[1.0]], ["a"], ["b"]),
         lambda: plot_states("a", [1.0]),
         lambda: plot_gates({"input": [[1.0]]}, "a"),
+        lambda: plot_pooling([1.0], ["a"]),
+        lambda: plot_confusion([[1]], ["a"]),
     ):
         with pytest.raises(ImportError, match=r"pip install 'hf_rnn\[plots\]'"):
             call()

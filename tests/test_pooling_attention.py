@@ -10,7 +10,7 @@ from hf_rnn.configuration_rnn import POOLING_TYPES
 from hf_rnn.pooling import SequencePooling
 from hf_rnn.recurrent_layer import Padding, RecurrentLayer
 from matrix import make_config, make_mask
-from reference import POOLINGS, SCORES, attend, part, pool, to_numpy
+from reference import POOLINGS, SCORES, attend, part, pool, pooling_weights, to_numpy
 
 
 SEQ = 7
@@ -52,7 +52,7 @@ def test_pooling_is_the_equations(pooling, bidirectional):
             outputs, _, _ = layer(random(batch, SEQ, 5), padding=Padding.from_attention_mask(mask, mask))
             array_mask = np.ones((batch, SEQ)) if mask is None else mask.numpy()
             expected = pool(pooling, to_numpy(module), outputs.detach().numpy(), array_mask, bidirectional)
-            actual = module(outputs, mask).detach().numpy()
+            actual = module(outputs, mask)[0].detach().numpy()
             assert actual.shape == expected.shape == (batch, module.output_size)
             np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-12, err_msg=cell_type)
 
@@ -67,7 +67,7 @@ def test_pooling_in_every_precision(pooling, dtype):
     # What layers do: the last output stands at the end, and nothing where there is none.
     outputs[:, -1] = (outputs * (mask.cumsum(1) * mask == mask.sum(1, keepdim=True)).unsqueeze(-1)).sum(1)
     outputs[5, -1] = 0
-    pooled = module(outputs, mask)
+    pooled, _ = module(outputs, mask)
     assert pooled.dtype == dtype
     expected = pool(pooling, to_numpy(module), outputs.double().numpy(), mask.numpy(), False)
     tolerance = FLOATS[dtype]
@@ -85,7 +85,7 @@ def test_padding_does_not_enter_a_pool(pooling, dtype):
     found = []
     for filled in (outputs, outputs.masked_fill(padding, 1e4), outputs.masked_fill(padding, -1e4)):
         filled.requires_grad_()
-        pooled = module(filled, mask)
+        pooled, _ = module(filled, mask)
         (gradient,) = torch.autograd.grad((pooled * random(6, 8, seed=1, dtype=dtype)).sum(), filled)
         assert (gradient.masked_select(padding) == 0).all()
         assert torch.isfinite(gradient).all()
@@ -93,6 +93,59 @@ def test_padding_does_not_enter_a_pool(pooling, dtype):
     for pooled, gradient in found[1:]:
         assert torch.equal(pooled, found[0][0])
         assert torch.equal(gradient, found[0][1])
+
+
+# How pooling attends: heads and the width of its tanh layer.
+ATTENDING = [(1, None), (3, None), (1, 5), (2, 4)]
+
+
+@pytest.mark.parametrize(("heads", "score_size"), ATTENDING)
+@PRECISIONS
+def test_pooling_attends_as_the_equations(heads, score_size, dtype):
+    """Weights and vectors of every head: nothing at padding, rows that sum to one, zeros where there is no token."""
+    tolerance = FLOATS[dtype]
+    module = randomize(SequencePooling("attention", 8, False, heads, score_size)).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(0.3)
+    outputs = random(6, SEQ, 8, dtype=dtype)
+    for mask in (None, make_mask(SEQ)):
+        pooled, weights = module(outputs, mask)
+        assert pooled.dtype == weights.dtype == dtype
+        assert pooled.shape == (6, heads * 8) == (6, module.output_size)
+        assert weights.shape == (6, heads, 1, SEQ)
+        array_mask = np.ones((6, SEQ)) if mask is None else mask.numpy()
+        values, reference = outputs.double().numpy(), to_numpy(module)
+        expected = pool("attention", reference, values, array_mask, False)
+        np.testing.assert_allclose(pooled.detach().double(), expected, rtol=tolerance, atol=2 * tolerance)
+        for row, tokens in enumerate(array_mask.astype(bool)):
+            assert (weights[row, :, 0, ~torch.from_numpy(tokens)] == 0).all()
+            if tokens.any():
+                actual = weights[row, :, 0, torch.from_numpy(tokens)].detach().double()
+                expected = pooling_weights(reference, values[row, tokens])
+                np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+                np.testing.assert_allclose(actual.sum(-1), 1, rtol=0, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("pooling", POOLING_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_pooling_piece_by_piece(pooling, dtype):
+    """Whatever the pieces, empty ones and those of nothing but padding included: what the whole sequence gives."""
+    for heads, score_size in ATTENDING if pooling == "attention" else [(1, None)]:
+        module = randomize(SequencePooling(pooling, 8, False, heads, score_size)).to(dtype)
+        mask = make_mask(SEQ)
+        # The scores are far apart, so that early ones are forgotten and late ones are lost.
+        outputs = random(6, SEQ, 8, dtype=dtype) * 20
+        for given in (None, mask):
+            expected = module(outputs, given)[0]
+            for ends in ([7], [1, 2, 3, 4, 5, 6, 7], [2, 2, 4, 7], [0, 3, 7]):
+                state = None
+                for start, end in zip([0, *ends], ends):
+                    piece = None if given is None else given[:, start:end]
+                    state = module.read(outputs[:, start:end], piece, state)
+                torch.testing.assert_close(module.pooled(state), expected, rtol=FLOATS[dtype], atol=20 * FLOATS[dtype])
+    with pytest.raises(ValueError, match="`bidirectional` must be False for a text that is pooled piece by piece"):
+        SequencePooling(pooling, 8, True).read(random(6, SEQ, 8))
 
 
 # Attention.
@@ -322,4 +375,4 @@ def test_the_mask_may_have_any_type():
     expected, _ = attention(queries, attention.prepare(values, mask))
     for other in (mask.bool(), mask.float(), mask.to(torch.int32)):
         assert torch.equal(attention(queries, attention.prepare(values, other))[0], expected)
-        assert torch.equal(pooling(values, other), pooling(values, mask))
+        assert torch.equal(pooling(values, other)[0], pooling(values, mask)[0])

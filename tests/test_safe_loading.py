@@ -102,6 +102,8 @@ MISTAKES = {
     "forget_gate_bias": [math.nan, math.inf, "x", None],
     "hidden_dropout": [1, -0.1, math.nan, math.inf, "x", None],
     "pooling": ["first", None, 1],
+    "pooling_heads": [0, -1, 2, 2**31, 1.5, None],
+    "pooling_attention_size": [0, 8, "wide", 2**31],
     "bidirectional": [1, "yes", None],
     "tie_word_embeddings": ["yes", 1],
     "pad_token_id": [-1, 1.5, "pad", math.inf],

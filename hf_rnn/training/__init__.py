@@ -2,6 +2,7 @@
 
 from .carried_state import CarriedStateTrainer, StreamBlocks
 from .scheduled_sampling import ScheduledSampling
+from .word_vectors import WordVectors, place_word_vectors, read_word_vectors, words_of_tokens
 from .words import first_continuation_id, fold_word, frequent_words, make_word_tokenizer, set_word_table, whole_words
 
 
@@ -9,10 +10,14 @@ __all__ = [
     "CarriedStateTrainer",
     "ScheduledSampling",
     "StreamBlocks",
+    "WordVectors",
     "first_continuation_id",
     "fold_word",
     "frequent_words",
     "make_word_tokenizer",
+    "place_word_vectors",
+    "read_word_vectors",
     "set_word_table",
     "whole_words",
+    "words_of_tokens",
 ]

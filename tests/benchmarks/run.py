@@ -19,13 +19,13 @@ if __name__ == "__main__":
 import torch
 import transformers
 
-from benchmarks import cells, decoding, gpu, language_model, loss, memory, padding, translation
+from benchmarks import cells, classification, decoding, gpu, language_model, loss, memory, padding, translation
 from benchmarks.harness import BENCHMARKS, COLUMNS, Benchmark, Settings, markdown_line, run_all
 
 
 GROUPS = [
     module.__name__.split(".")[-1]
-    for module in (language_model, padding, cells, translation, loss, decoding, memory, gpu)
+    for module in (language_model, padding, cells, translation, loss, decoding, memory, classification, gpu)
 ]
 
 
