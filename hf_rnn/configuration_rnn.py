@@ -14,6 +14,7 @@ from .configuration_checks import (
 
 
 POOLING_TYPES = ("last", "mean", "max", "concat", "attention")
+QUESTION_ATTENTIONS = ("aligned", "flow")
 
 
 @raises_value_error
@@ -43,6 +44,12 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             Dropout on the hidden state inside the recurrence, sampled once per sequence
             ([Gal and Ghahramani, 2016](https://huggingface.co/papers/1512.05287)). Runs the step-by-step loop.
         classifier_dropout (`float`, *optional*): Dropout before a classifier; none where not given.
+        question_attention (`str`, *optional*):
+            How [`RNNForQuestionAnswering`] brings question and text together: `"aligned"` (exact matches and an aligned
+            question embedding into the first layer, answers by a bilinear form with the question,
+            [Chen et al., 2017](https://aclanthology.org/P17-1171/)) or `"flow"` (the same inputs, then attention in
+            both directions between text and question, and two recurrent layers over it,
+            [Seo et al., 2017](https://arxiv.org/abs/1611.01603)). Where not given, a linear map of the outputs.
         use_crf (`bool`, *optional*, defaults to `False`):
             Reserved for a conditional random field on [`RNNForTokenClassification`]; only `False` is accepted.
         initializer_range (`float`, *optional*, defaults to 0.1):
@@ -54,6 +61,10 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             projection without bias stands in between.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the recurrent state is returned. While training the state is returned only on request.
+
+        sep_token_id (`int`, *optional*):
+            The token that ends a question before a text; with `question_attention` alone. `eos_token_id` where not
+            given.
 
     Raises:
         `ValueError`: A field of a wrong type or value; the message names the field, the value and what is allowed.
@@ -84,6 +95,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     output_dropout: float | int = 0.0
     recurrent_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
+    question_attention: str | None = None
     use_crf: bool = False
     initializer_range: float | int = 0.1
     forget_gate_bias: float | int = 1.0
@@ -92,6 +104,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+    sep_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
@@ -106,6 +119,8 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         check_layers(self, "num_hidden_layers")
         check_recurrence(self)
         check_one_of(self, "pooling", POOLING_TYPES)
+        if self.question_attention is not None:
+            check_one_of(self, "question_attention", QUESTION_ATTENTIONS)
         if self.use_crf:
             raise ValueError("`use_crf` must be False: there is no conditional random field yet, got True.")
 

@@ -6,6 +6,7 @@ import itertools
 import torch
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, REGISTRATION, RNNConfig, RNNSeq2SeqConfig
+from hf_rnn.configuration_rnn import QUESTION_ATTENTIONS
 
 
 VOCAB_SIZE = 29
@@ -34,6 +35,12 @@ COVERED = [
     {"attention_score": "general", "num_attention_heads": 2},
     {"attention_score": "local"} | SMALL_SCORES["local"],
 ]
+
+READERS = [
+    {"question_attention": attention, "cell_type": cell, "bidirectional": bidirectional}
+    for attention in QUESTION_ATTENTIONS
+    for cell, bidirectional in zip(RECURRENT_CELLS, itertools.cycle([True, False]))
+] + [{"question_attention": attention, "bidirectional": True, "residual": True} for attention in QUESTION_ATTENTIONS]
 
 
 def make_config(name: str, **options):
@@ -67,10 +74,11 @@ def options_of(name: str) -> list[dict]:
     """The options of a class: all cells, directions and residuals; for seq2seq all decoders, scores and heads."""
     if MODEL_CLASSES[name][0] is RNNConfig:
         directions = [False] if name == "RNNForCausalLM" else [False, True]
-        return [
+        options = [
             {"cell_type": cell, "bidirectional": bidirectional, "residual": residual}
             for cell, bidirectional, residual in itertools.product(RECURRENT_CELLS, directions, [False, True])
         ]
+        return options + (READERS if name == "RNNForQuestionAnswering" else [])
     options = [decoder | {"cell_type": cell} for decoder in DECODERS for cell in RECURRENT_CELLS]
     # The cases above have the default score; a scaled dot product differs from one by a factor.
     scores = [score for score in ATTENTION_SCORES if score not in ("general", "scaled_dot")]
@@ -122,6 +130,8 @@ def make_inputs(name: str, batch: int = 6, seq_length: int = 7, with_labels: boo
     inputs = {"input_ids": make_tokens(batch, *choices, seq_length, seed=seed)}
     if MODEL_CLASSES[name][0] is RNNSeq2SeqConfig:
         inputs["decoder_input_ids"] = make_tokens(batch, seq_length - 2, seed=seed + 1)
+    if name == "RNNForQuestionAnswering" and seq_length > 3:
+        inputs["input_ids"][:, 2] = EOS  # behind a question; some masks hide it
     if not with_labels:
         return inputs
     parameters = inspect.signature(model_class.forward).parameters
