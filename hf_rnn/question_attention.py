@@ -175,11 +175,13 @@ class FlowSpans(nn.Module):
         S_tj = w . [h_t; u_j; h_t * u_j]
         c_t = sum_j softmax_j(S_tj) u_j                    context to query
         d = sum_t softmax_t(max_j S_tj) h_t                query to context, t over the text
-        g_t = [h_t; c_t; h_t * c_t; h_t * d]
+        g_t = ReLU(W_g [h_t; c_t; h_t * c_t; h_t * d] + b)
         m_t = recurrent layer over g,    n_t = recurrent layer over m
         start_t = w_s . [g_t; m_t],    end_t = w_e . [g_t; n_t]
 
-    Both layers read the places alone, "no answer" first; c and d are zero where there is no question.
+    In BiDAF g_t is the four parts themselves; the map to the width of h_t is that of
+    [Clark and Gardner (2018)](https://aclanthology.org/P18-1078/), and halves the time of training. Both layers read
+    the places alone, "no answer" first; c and d are zero where there is no question.
 
     Args:
         config ([`RNNConfig`]): The configuration; the two layers are as its others, of the same width.
@@ -191,11 +193,12 @@ class FlowSpans(nn.Module):
         self.context_score = nn.Linear(size, 1, bias=False)
         self.question_score = nn.Linear(size, 1, bias=False)
         self.product_score = nn.Linear(size, 1, bias=False)
-        self.modeling = RecurrentLayer(config, 4 * size, number, config.bidirectional)
+        self.fusion = nn.Linear(4 * size, size)
+        self.modeling = RecurrentLayer(config, size, number, config.bidirectional)
         self.end_modeling = RecurrentLayer(config, size, number + 1, config.bidirectional)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.start = nn.Linear(5 * size, 1, bias=False)
-        self.end = nn.Linear(5 * size, 1, bias=False)
+        self.start = nn.Linear(2 * size, 1, bias=False)
+        self.end = nn.Linear(2 * size, 1, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, layout: QuestionLayout) -> torch.Tensor:
         """Arguments and result as in [`AlignedSpans`]."""
@@ -208,7 +211,7 @@ class FlowSpans(nn.Module):
         return torch.cat([start, end], dim=-1)
 
     def attend(self, hidden_states: torch.Tensor, layout: QuestionLayout) -> torch.Tensor:
-        """The vectors g `(batch, seq, 4 * output_size)`."""
+        """The vectors g `(batch, seq, output_size)`."""
         asked = hidden_states[:, layout.columns]  # [batch, question, size]
         scores = (hidden_states * self.product_score.weight) @ asked.transpose(1, 2)
         scores = scores + self.context_score(hidden_states) + self.question_score(asked).transpose(1, 2)
@@ -218,7 +221,7 @@ class FlowSpans(nn.Module):
         to_context = masked_softmax(best, layout.passage).unsqueeze(1) @ hidden_states.to(scores.dtype)
         to_context = to_context * is_question.any(2, keepdim=True)
         parts = [hidden_states, to_question, hidden_states * to_question, hidden_states * to_context]
-        return torch.cat([part.to(hidden_states.dtype) for part in parts], dim=-1)
+        return torch.relu(self.fusion(torch.cat([part.to(hidden_states.dtype) for part in parts], dim=-1)))
 
 
 # The span heads by the value of `question_attention`.
