@@ -38,13 +38,10 @@ def train_subword_tokenizer(
     minimum = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < minimum:
         raise ValueError(f"`vocab_size` must be at least {minimum} (bytes and special tokens), got {vocab_size}.")
-    normalizer_classes = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC, "lowercase": normalizers.Lowercase}
-    if normalization is not None and normalization not in normalizer_classes:
-        raise ValueError(f"`normalization` must be one of {sorted(normalizer_classes)}, got {normalization!r}.")
-
+    normalizer = _normalizer(normalization)
     tokenizer = Tokenizer(models.BPE())
     # The space in front makes the first word of a sentence the same token as elsewhere; decoding takes it off again.
-    first = [] if normalization is None else [normalizer_classes[normalization]()]
+    first = [] if normalizer is None else [normalizer]
     tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Prepend(" ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -60,11 +57,21 @@ def train_subword_tokenizer(
     return _wrap(tokenizer, add_eos)
 
 
-def train_character_tokenizer(texts: Iterable[str], add_eos: bool = False) -> PreTrainedTokenizerFast:
-    """Makes a tokenizer with one token for each character of `texts`, in code point order; others become `<unk>`."""
+def train_character_tokenizer(
+    texts: Iterable[str], add_eos: bool = False, normalization: str | None = None
+) -> PreTrainedTokenizerFast:
+    """
+    Makes a tokenizer with one token for each character of `texts`, in code point order; others become `<unk>`.
+    `normalization` as in [`train_subword_tokenizer`].
+    """
+    normalizer = _normalizer(normalization)
+    if normalizer is not None:
+        texts = map(normalizer.normalize_str, texts)
     characters = sorted(set().union(*texts))
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return _wrap(tokenizer, add_eos)
@@ -151,6 +158,13 @@ def token_pieces(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) -
         continues = token_id not in special_ids and piece[:1].isalnum() and labels
         labels.append("-" + piece if continues else piece.strip() or "␣")
     return labels
+
+
+def _normalizer(normalization: str | None) -> normalizers.Normalizer | None:
+    classes = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC, "lowercase": normalizers.Lowercase}
+    if normalization is not None and normalization not in classes:
+        raise ValueError(f"`normalization` must be one of {sorted(classes)}, got {normalization!r}.")
+    return None if normalization is None else classes[normalization]()
 
 
 def _wrap(tokenizer: Tokenizer, add_eos: bool) -> PreTrainedTokenizerFast:

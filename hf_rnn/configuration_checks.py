@@ -149,7 +149,7 @@ def _is_index(key) -> bool:
 
 def check_token_ids(config) -> None:
     """Raises `ValueError` where a special token is negative; one beyond the vocabulary gets transformers' warning."""
-    for field in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+    for field in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id"):
         value = getattr(config, field, None)
         ids = value if isinstance(value, list) else [value]
         if any(token_id is not None and token_id < 0 for token_id in ids):

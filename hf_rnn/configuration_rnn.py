@@ -19,6 +19,7 @@ from .label_schemes import CONSTRAINTS, forbidden_steps
 
 
 POOLING_TYPES = ("last", "mean", "max", "concat", "attention")
+QUESTION_ATTENTIONS = ("aligned", "flow")
 
 
 @raises_value_error
@@ -70,6 +71,12 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             Dropout on the hidden state inside the recurrence, sampled once per sequence
             ([Gal and Ghahramani, 2016](https://huggingface.co/papers/1512.05287)). Runs the step-by-step loop.
         classifier_dropout (`float`, *optional*): Dropout before a classifier; none where not given.
+        question_attention (`str`, *optional*):
+            How [`RNNForQuestionAnswering`] brings question and text together: `"aligned"` (exact matches and an aligned
+            question embedding into the first layer, answers by a bilinear form with the question,
+            [Chen et al., 2017](https://aclanthology.org/P17-1171/)) or `"flow"` (the same inputs, then attention in
+            both directions between text and question, and two recurrent layers over it,
+            [Seo et al., 2017](https://arxiv.org/abs/1611.01603)). Where not given, a linear map of the outputs.
         use_crf (`bool`, *optional*, defaults to `False`):
             Whether [`RNNForTokenClassification`] has a conditional random field over the labels of a text
             ([`LinearChainCRF`]). The other heads have no chain of labels and ignore it.
@@ -91,6 +98,10 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             projection without bias stands in between.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the recurrent state is returned. While training the state is returned only on request.
+
+        sep_token_id (`int`, *optional*):
+            The token that ends a question before a text; with `question_attention` alone. `eos_token_id` where not
+            given.
 
     Raises:
         `ValueError`: A field of a wrong type or value; the message names the field, the value and what is allowed.
@@ -130,6 +141,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     output_dropout: float | int = 0.0
     recurrent_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
+    question_attention: str | None = None
     use_crf: bool = False
     crf_constraints: str = "auto"
     id2intent: dict[int, str] | dict[str, str] | None = None
@@ -140,6 +152,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+    sep_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
@@ -163,6 +176,8 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         self.validate_words()
         check_one_of(self, "crf_constraints", CONSTRAINTS)
         check_names(self, "id2intent")
+        if self.question_attention is not None:
+            check_one_of(self, "question_attention", QUESTION_ATTENTIONS)
         if self.use_crf:
             forbidden_steps(self.label_names, self.crf_constraints)
 

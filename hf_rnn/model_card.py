@@ -418,6 +418,8 @@ def facts_of(model: RecurrentPreTrainedModel) -> list[str]:
             f"{config.vocab_size:,} tokens with embeddings of {config.embedding_size} numbers"
             + (", tied to the output" if tied else "")
         )
+    if model._auto_class == "AutoModelForQuestionAnswering" and fields.get("question_attention"):
+        facts.append(f"attention between question and text: `{config.question_attention}`")
     if hasattr(model, "pooling"):
         facts.append(f"a text becomes one vector by `{config.pooling}`")
     labels = list(config.id2label.values())

@@ -34,6 +34,7 @@ from .packed_sequences import (
     text_starts,
 )
 from .pooling import SequencePooling
+from .question_attention import SPAN_HEADS, QuestionFeatures, QuestionLayout
 from .recurrent_cache import (
     cache_of,
     cache_output,
@@ -722,15 +723,23 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
     r"""
     The first and the last token of an answer in a text: logits over its positions, lowest at padding.
 
+    With `config.question_attention` the tokens of a row are told apart into a question, which stands first, and a text,
+    as in [`QuestionLayout`], and the logits are lowest at all tokens that are not the text's, but for the first token
+    of the row, which stands for "no answer".
+
     Args:
-        config (`RNNConfig`): The configuration.
+        config (`RNNConfig`): The configuration; `question_attention` says how question and text come together.
     """
 
     def __init__(self, config: RNNConfig):
         super().__init__(config)
         self.model = RNNModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.qa_outputs = nn.Linear(config.output_size, 2, bias=False)
+        if config.question_attention is None:
+            self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+            self.qa_outputs = nn.Linear(config.output_size, 2, bias=False)
+        else:
+            self.question_features = QuestionFeatures(config)
+            self.qa_outputs = SPAN_HEADS[config.question_attention](config)
         self.post_init()
 
     @can_return_tuple
@@ -742,21 +751,33 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         r"""
         Args:
-            input_ids, attention_mask, inputs_embeds: As in [`RNNModel`].
+            input_ids, attention_mask: As in [`RNNModel`].
+            inputs_embeds: As in [`RNNModel`]; not with `question_attention`, which compares the tokens themselves.
             position_ids: As in [`RNNModel`], but a row must hold one text.
             start_positions (`torch.LongTensor` of shape `(batch,)`, *optional*): Position of the first token.
             end_positions (`torch.LongTensor` of shape `(batch,)`, *optional*): Position of the last token.
+            token_type_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+                0 at the question and 1 at the text; read with `question_attention` alone. By default the question ends
+                with the first `sep_token_id`, or `eos_token_id` where the configuration has none.
 
         Returns:
-            `QuestionAnsweringModelOutput`: `loss`, `start_logits` and `end_logits` `(batch, seq)`.
+            `QuestionAnsweringModelOutput`: `loss`, `start_logits` and `end_logits` `(batch, seq)`. With
+            `question_attention` the first of `hidden_states` is what the first layer reads: the embeddings and, at the
+            text, what is added to them.
 
         Raises:
-            `ValueError`: `position_ids` begin again at 0 within a row.
+            `ValueError`: `position_ids` begin again at 0 within a row; with `question_attention` no `input_ids`,
+                `token_type_ids` of a wrong shape, or nothing by which to tell the question from the text.
         """
+        layout = None
+        if self.config.question_attention is not None:
+            inputs_embeds, layout = self.ask(input_ids, attention_mask, inputs_embeds, token_type_ids)
+            input_ids = None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -765,9 +786,13 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
             **kwargs | {"use_cache": False},
         )
         refuse_packed_texts(position_ids, *outputs.last_hidden_state.shape[:2], attention_mask)
-        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
-        if attention_mask is not None:
-            logits = logits.masked_fill(~attention_mask.bool().unsqueeze(-1), torch.finfo(logits.dtype).min)
+        if layout is None:
+            logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
+            places = None if attention_mask is None else attention_mask.bool()
+        else:
+            logits, places = self.qa_outputs(outputs.last_hidden_state, layout), layout.places
+        if places is not None:
+            logits = logits.masked_fill(~places.unsqueeze(-1), torch.finfo(logits.dtype).min)
         start_logits, end_logits = (scores.contiguous() for scores in logits.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -775,6 +800,27 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
         )
+
+    def ask(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, QuestionLayout]:
+        """What the first layer reads `(batch, seq, embedding_size)`, and which tokens are the question's."""
+        if inputs_embeds is not None:
+            raise ValueError(
+                "`inputs_embeds` must be None and `input_ids` given where `question_attention` is set: the tokens of "
+                "the text are compared with those of the question."
+            )
+        embeddings = embed_inputs(self.config, self.model.embed_tokens, input_ids, None)
+        padding = Padding.from_attention_mask(attention_mask, input_ids)
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding.mask
+        separators = self.config.eos_token_id if self.config.sep_token_id is None else self.config.sep_token_id
+        separators = [] if separators is None else separators if isinstance(separators, list) else [separators]
+        layout = QuestionLayout.of_rows(input_ids, mask, separators, token_type_ids)
+        return embeddings + self.question_features(embeddings, input_ids, layout), layout
 
 
 class RNNForMultipleChoice(PoolingHead):

@@ -6,6 +6,7 @@ import itertools
 import torch
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, REGISTRATION, RNNConfig, RNNSeq2SeqConfig
+from hf_rnn.configuration_rnn import QUESTION_ATTENTIONS
 
 
 VOCAB_SIZE = 29
@@ -46,6 +47,12 @@ COVERED = [
 # Labels of which some must not follow others, as many as there are by default; and a second task beside them.
 SPANS = {0: "O", 1: "B-A", 2: "I-A", 3: "B-B"}
 INTENTS = {"id2intent": {0: "ask", 1: "tell", 2: "greet"}}
+
+READERS = [
+    {"question_attention": attention, "cell_type": cell, "bidirectional": bidirectional}
+    for attention in QUESTION_ATTENTIONS
+    for cell, bidirectional in zip(RECURRENT_CELLS, itertools.cycle([True, False]))
+] + [{"question_attention": attention, "bidirectional": True, "residual": True} for attention in QUESTION_ATTENTIONS]
 
 
 def make_config(name: str, **options):
@@ -89,6 +96,8 @@ def options_of(name: str) -> list[dict]:
                 {"bidirectional": True} | INTENTS,
                 {"use_crf": True, "pooling": "mean", "id2label": SPANS} | INTENTS,
             ]
+        if name == "RNNForQuestionAnswering":
+            options += READERS
         return options if name in LANGUAGE_MODELS else options + WORDS
     options = [decoder | {"cell_type": cell} for decoder in DECODERS for cell in RECURRENT_CELLS]
     # The cases above have the default score; a scaled dot product differs from one by a factor.
@@ -148,6 +157,8 @@ def make_inputs(
     inputs = {"input_ids": make_tokens(batch, *choices, seq_length, seed=seed)}
     if MODEL_CLASSES[name][0] is RNNSeq2SeqConfig:
         inputs["decoder_input_ids"] = make_tokens(batch, seq_length - 2, seed=seed + 1)
+    if name == "RNNForQuestionAnswering" and seq_length > 3:
+        inputs["input_ids"][:, 2] = EOS  # behind a question; some masks hide it
     if not with_labels:
         return inputs
     parameters = inspect.signature(model_class.forward).parameters

@@ -15,6 +15,7 @@ CELL_GATES = {}
 NUM_STATES = {}
 SCORES = {}
 POOLINGS = {}
+SPAN_HEADS = {}
 
 
 def to_numpy(module) -> Weights:
@@ -489,3 +490,90 @@ def pool(name: str, weights: Weights, outputs: np.ndarray, mask: np.ndarray, bid
         if tokens.any():
             pooled[row] = POOLINGS[name](weights, outputs[row, tokens], bidirectional)
     return pooled
+
+
+# Readers: what the first layer is told, and the span heads, (config, weights, outputs [tokens, size], number of tokens
+# of the question, positions [places] where an answer may stand, the first of them for none) -> scores [places, 2].
+
+
+def span_head(name: str):
+    def register(function):
+        SPAN_HEADS[name] = function
+        return function
+
+    return register
+
+
+def tell_the_question(weights: Weights, embeddings: np.ndarray, ids: np.ndarray, asked: int, texts: np.ndarray):
+    """Chen et al. (2017): at tokens `texts` a map of the aligned question and the exact match is added."""
+    told = embeddings.copy()
+    compared = np.maximum(linear(weights, "alignment", embeddings), 0)
+    for i in texts:
+        aligned = np.zeros(embeddings.shape[1])
+        if asked:
+            aligned = softmax(compared[:asked] @ compared[i]) @ embeddings[:asked]
+        features = np.concatenate([aligned, [float(ids[i] in ids[:asked])]])
+        told[i] += linear(weights, "projection", features)
+    return told
+
+
+@span_head("aligned")
+def aligned_spans(config, weights: Weights, outputs: np.ndarray, asked: int, places: np.ndarray, texts: np.ndarray):
+    """Chen et al. (2017): q = sum b_j u_j, h (W q + b)."""
+    question = np.zeros(outputs.shape[1])
+    if asked:
+        question = softmax(linear(weights, "score", outputs[:asked])[:, 0]) @ outputs[:asked]
+    return np.stack([outputs[places] @ linear(weights, name, question) for name in ("start", "end")], axis=-1)
+
+
+@span_head("flow")
+def flow_spans(config, weights: Weights, outputs: np.ndarray, asked: int, places: np.ndarray, texts: np.ndarray):
+    """Seo et al. (2017), with the fusion of Clark and Gardner (2018)."""
+    w = np.concatenate([weights[f"{name}_score.weight"][0] for name in ("context", "question", "product")])
+    question, size = outputs[:asked], outputs.shape[1]
+    scores = np.array([[w @ np.concatenate([h, u, h * u]) for u in question] for h in outputs]).reshape(
+        len(outputs), asked
+    )
+    to_context = np.zeros(size)
+    if asked and len(texts):
+        to_context = softmax(scores[texts].max(1)) @ outputs[texts]
+    fused = []
+    for t in places:
+        to_question = softmax(scores[t]) @ question if asked else np.zeros(size)
+        parts = [outputs[t], to_question, outputs[t] * to_question, outputs[t] * to_context]
+        fused.append(np.maximum(linear(weights, "fusion", np.concatenate(parts)), 0))
+    layers, hidden = [], np.stack(fused)
+    for name in ("modeling", "end_modeling"):
+        output, _, _ = run_layer(config.cell_type, part(weights, name), hidden[None])
+        hidden = output[0] + hidden if config.residual else output[0]
+        layers.append(hidden)
+    logits = [
+        linear(weights, name, np.concatenate([fused, layer], axis=-1)) for name, layer in zip(("start", "end"), layers)
+    ]
+    return np.concatenate(logits, axis=-1)
+
+
+def read(config, weights: Weights, input_ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None):
+    """Logits of start and end `[batch, seq, 2]` row by row; minus infinity where no answer may stand."""
+    logits = np.full((*input_ids.shape, 2), -np.inf)
+    separator = config.eos_token_id if config.sep_token_id is None else config.sep_token_id
+    for row, tokens in enumerate(mask.astype(bool)):
+        ids, (positions,) = input_ids[row, tokens], np.nonzero(tokens)
+        if not len(ids):
+            continue
+        if types is not None and types[row, tokens].any():
+            question = types[row, tokens] == 0
+        else:
+            ends = np.nonzero(ids == separator)[0]
+            question = np.arange(len(ids)) <= (ends[0] if len(ends) else -1)
+        asked = int(question.sum())
+        assert question[:asked].all(), "the reference reads questions that stand first"
+        texts = np.nonzero(~question & (ids != separator))[0]
+        places = np.union1d([0], texts)
+        embeddings = weights["model.embed_tokens.weight"][ids]
+        told = tell_the_question(part(weights, "question_features"), embeddings, ids, asked, texts)
+        outputs = run_stack(config, part(weights, "model"), told[None])[0][-1][0]
+        head = SPAN_HEADS[config.question_attention]
+        scores = head(config, part(weights, "qa_outputs"), outputs, asked, places, texts)
+        logits[row, positions[places]] = scores
+    return logits

@@ -153,8 +153,9 @@ class QuestionAnsweringPipeline(ChunkPipeline):
                 f"`doc_stride` must be from 0 to less than {room}, the number of the text's tokens that have a place "
                 f"beside the question, got {doc_stride}."
             )
-        # Tokenizers that pad at the left belong to models that read the text first.
-        question_first = self.tokenizer.padding_side == "right"
+        # Tokenizers that pad at the left belong to models that read the text first, unless these look for a question.
+        asks_first = getattr(self.model.config, "question_attention", None) is not None
+        question_first = asks_first or self.tokenizer.padding_side == "right"
         windows = self.tokenizer(
             question if question_first else context,
             context if question_first else question,
