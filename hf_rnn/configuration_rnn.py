@@ -178,6 +178,11 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         check_names(self, "id2intent")
         if self.question_attention is not None:
             check_one_of(self, "question_attention", QUESTION_ATTENTIONS)
+            if self.word_encoder is not None:
+                raise ValueError(
+                    "`question_attention` compares tokens and must be None where `word_encoder` is set, got "
+                    f"{self.question_attention!r}."
+                )
         if self.use_crf:
             forbidden_steps(self.label_names, self.crf_constraints)
 

@@ -725,7 +725,8 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
 
     With `config.question_attention` the tokens of a row are told apart into a question, which stands first, and a text,
     as in [`QuestionLayout`], and the logits are lowest at all tokens that are not the text's, but for the first token
-    of the row, which stands for "no answer".
+    of the row, which stands for "no answer". With `config.word_encoder` answers are whole words: they begin at the
+    first token of a word and end at the last one of a word, to which positions within a word are moved.
 
     Args:
         config (`RNNConfig`): The configuration; `question_attention` says how question and text come together.
@@ -774,7 +775,7 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
             `ValueError`: `position_ids` begin again at 0 within a row; with `question_attention` no `input_ids`,
                 `token_type_ids` of a wrong shape, or nothing by which to tell the question from the text.
         """
-        layout = None
+        layout, words = None, self.model.find_words(input_ids, attention_mask)
         if self.config.question_attention is not None:
             inputs_embeds, layout = self.ask(input_ids, attention_mask, inputs_embeds, token_type_ids)
             input_ids = None
@@ -793,6 +794,9 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
             logits, places = self.qa_outputs(outputs.last_hidden_state, layout), layout.places
         if places is not None:
             logits = logits.masked_fill(~places.unsqueeze(-1), torch.finfo(logits.dtype).min)
+        if words is not None:
+            logits = logits.masked_fill(~torch.stack([words.starts, words.ends], dim=-1), torch.finfo(logits.dtype).min)
+            start_positions, end_positions = words.move_to_edges(start_positions, end_positions)
         start_logits, end_logits = (scores.contiguous() for scores in logits.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -29,6 +29,29 @@ class Words(NamedTuple):
     first: torch.Tensor  # [batch, words], the position of the first token of a word; 0 where there is no word
     last: torch.Tensor  # [batch, words], the position of the last one
 
+    @property
+    def ends(self) -> torch.Tensor:
+        """True at the last token of a word `[batch, seq]`."""
+        positions = torch.arange(self.number.shape[1], device=self.number.device)
+        return self.is_token & (self.last.gather(1, self.number) == positions)
+
+    def move_to_edges(
+        self, start: torch.Tensor | None, end: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Positions `[batch]` at the first, and at the last token of the word that they lie in; those that lie outside of
+        the row stay where they are.
+        """
+        moved = []
+        for positions, edges in ((start, self.first), (end, self.last)):
+            if positions is not None:
+                column = positions.reshape(-1, 1)
+                at_edge = edges.gather(1, self.number.gather(1, column.clamp(0, self.number.shape[1] - 1)))
+                is_inside = (column >= 0) & (column < self.number.shape[1])
+                positions = torch.where(is_inside, at_edge, column).view_as(positions)
+            moved.append(positions)
+        return tuple(moved)
+
     def spread(self, features: torch.Tensor) -> torch.Tensor:
         """Features of words `[batch, words, size]` at each of their tokens `[batch, seq, size]`."""
         return features.gather(1, self.number.unsqueeze(-1).expand(-1, -1, features.shape[-1]))

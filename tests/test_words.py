@@ -158,6 +158,51 @@ def test_word_dropout():
     assert not torch.equal(dropped[:, 0], dropped[:, 1])
 
 
+def test_chains_of_labels_over_words():
+    """A random field sees one label for each word, and all tokens of a word show it."""
+    fields = {"word_encoder": "cnn", "first_continuation_id": CONTINUATION, "use_crf": True, "bidirectional": True}
+    model = make_model("RNNForTokenClassification", **fields)
+    tokens = torch.tensor([[4, 20, 21, 5, 22, 6]])
+    places = torch.tensor([[True, False, False, True, False, True]])
+    logits = model(tokens).logits
+    paths = model.decode(tokens)
+    assert torch.equal(logits[:, 0], logits[:, 2])
+    assert torch.equal(logits[:, 3], logits[:, 4])
+    emissions = model.classifier(model.model(tokens).last_hidden_state)[places][None]
+    torch.testing.assert_close(model.crf(lambda crf: crf.viterbi(emissions))[0][0], logits[places].argmax(-1))
+    assert torch.equal(paths.paths[0, 0][places[0]], logits[places].argmax(-1))
+    labels = torch.tensor([[1, 2, 2, 3, 0, 0]])
+    only_words = labels.masked_fill(~places, -100)
+    assert model(tokens, labels=labels).loss == model(tokens, labels=only_words).loss
+    likelihood = model.crf(lambda crf: crf.log_likelihood(emissions, labels[places][None]))
+    torch.testing.assert_close(model(tokens, labels=labels).loss, -likelihood.sum() / 3)
+
+
+def test_answers_are_whole_words():
+    """They begin and end with words, and a label within a word is that of its edge; outside of the row it is none."""
+    model = make_model(
+        "RNNForQuestionAnswering", word_encoder="cnn", first_continuation_id=CONTINUATION, bidirectional=True
+    )
+    tokens = torch.tensor([[4, 20, 21, 5, 22, 6, 7, 23], [4, 20, 21, 5, 22, 6, 3, 3]])
+    mask = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    outputs = model(tokens, attention_mask=mask)
+    lowest = torch.finfo(torch.float64).min
+    assert (outputs.start_logits > lowest).tolist()[0] == [True, False, False, True, False, True, True, False]
+    assert (outputs.end_logits > lowest).tolist()[0] == [False, False, True, False, True, True, False, True]
+    assert (outputs.end_logits > lowest).tolist()[1] == [False, False, True, False, True, True, False, False]
+
+    def loss(start: list[int], end: list[int]) -> torch.Tensor:
+        positions = {"start_positions": torch.tensor(start), "end_positions": torch.tensor(end)}
+        return model(tokens, attention_mask=mask, **positions).loss
+
+    assert loss([1, 2], [3, 3]) == loss([0, 0], [4, 4])
+    assert loss([1, 2], [3, 3]) < 50
+    assert (
+        loss([1, 8], [3, 8])
+        == model(tokens[:1], start_positions=torch.tensor([1]), end_positions=torch.tensor([3])).loss
+    )
+
+
 def test_what_words_refuse():
     """Embeddings alone, a state, and language models."""
     model = make_reader(word_encoder="cnn", bidirectional=False)
@@ -185,6 +230,7 @@ def test_what_words_refuse():
         ({"word_vocab_size": 1}, "`word_vocab_size` must be 0, or the unknown word"),
         ({"word_vocab_size": -1}, "`word_vocab_size` must be an integer of at least 0"),
         ({"word_embedding_size": 2**31}, "`word_embedding_size` must be an integer of at most"),
+        ({"question_attention": "flow"}, "`question_attention` compares tokens and must be None where `word_encoder`"),
         ({"word_dropout": 1.0}, "`word_dropout` must be a probability"),
         ({"word_encoder": None}, "`first_continuation_id` must be None where `word_encoder` is None, got 18"),
         (
