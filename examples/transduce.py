@@ -54,6 +54,9 @@ class DataArguments(PairArguments):
     ignore: str = field(
         default="", metadata={"help": "Characters left out of results and targets for a second score, such as 012."}
     )
+    leave_out: str = field(
+        default="", metadata={"help": "Characters left out of every target, in training too, such as 012."}
+    )
 
 
 @dataclass
@@ -89,6 +92,32 @@ def error_rates(results: list[list[str]], references: list[list[list[str]]]) -> 
     return {"sequence_error_rate": 100 * wrong / len(results), "symbol_error_rate": 100 * edits / symbols}
 
 
+def symbols_of(text: str, level: str) -> list[str]:
+    """The symbols of a text: its characters, or the words between white space."""
+    return list(text) if level == "characters" else text.split()
+
+
+def without(symbols: list[str], characters: str) -> list[str]:
+    """The symbols without these characters, as far as something is left of them."""
+    table = str.maketrans("", "", characters)
+    return [symbol for symbol in (symbol.translate(table) for symbol in symbols) if symbol]
+
+
+def leave_out(pairs: Pairs, args: DataArguments) -> Pairs:
+    """
+    The pairs without the characters to be left out of the targets; each that then occurs several times, once. Raises
+    `UsageError` for a target of which nothing is left.
+    """
+    joint = "" if args.target_level == "characters" else " "
+    shortened = [
+        (source, joint.join(without(symbols_of(target, args.target_level), args.leave_out))) for source, target in pairs
+    ]
+    for (source, target), (_, rest) in zip(pairs, shortened, strict=True):
+        if not rest.strip():
+            raise UsageError(f"--leave_out {args.leave_out} leaves nothing of {target!r}, the target of {source!r}")
+    return list(dict.fromkeys(shortened))
+
+
 def group_targets(pairs: Pairs) -> dict[str, list[str]]:
     """All targets of each source, in the order of the pairs."""
     targets: dict[str, list[str]] = {}
@@ -99,18 +128,12 @@ def group_targets(pairs: Pairs) -> dict[str, list[str]]:
 
 def score(results: Iterable[str], references: Iterable[list[str]], args: DataArguments) -> dict[str, float]:
     """Error rates, and those without the characters that are to be ignored, with the prefix `ignoring_`."""
-    split = list if args.target_level == "characters" else str.split
-    split_results = [split(result) for result in results]
-    split_references = [[split(target) for target in targets] for targets in references]
+    split_results = [symbols_of(result, args.target_level) for result in results]
+    split_references = [[symbols_of(target, args.target_level) for target in targets] for targets in references]
     rates = error_rates(split_results, split_references)
     if args.ignore:
-        table = str.maketrans("", "", args.ignore)
-
-        def without(symbols: list[str]) -> list[str]:
-            return [symbol for symbol in (symbol.translate(table) for symbol in symbols) if symbol]
-
-        split_references = [[without(target) for target in targets] for targets in split_references]
-        ignoring = error_rates([without(result) for result in split_results], split_references)
+        split_references = [[without(target, args.ignore) for target in targets] for targets in split_references]
+        ignoring = error_rates([without(result, args.ignore) for result in split_results], split_references)
         rates |= {f"ignoring_{name}": rate for name, rate in ignoring.items()}
     return rates
 
@@ -158,6 +181,8 @@ def main() -> int | None:
     if not training_args.do_train and model_args.model_name_or_path is None:
         raise UsageError("--do_train false needs a --model_name_or_path")
     pairs = load_pairs(data_args, training_args.do_train, training_args.seed, DEFAULT_FILES, DEFAULT_COLUMNS)
+    if data_args.leave_out:
+        pairs = {split: leave_out(of_split, data_args) for split, of_split in pairs.items()}
     # Sources are judged once, with the first target as the label of the loss; training sees every pair.
     targets = {split: group_targets(pairs[split]) for split in ("validation", "test")}
     pairs |= {split: [(source, known[0]) for source, known in targets[split].items()] for split in targets}

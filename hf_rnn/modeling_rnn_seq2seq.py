@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions, merge_heads, split_heads
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
@@ -694,6 +694,10 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         gate_size = config.encoder_output_size + config.hidden_size + config.embedding_size
         self.copy_gate = CopyGate(gate_size) if config.pointer_generator else None
         self.post_init()
+        if config.pointer_generator or config.coverage_loss_weight > 0:
+            # It asks for attentions by itself, and a graph cannot hold the lock under which the hooks are installed.
+            for module in (self.model.encoder, self.model.decoder):
+                maybe_install_capturing_hooks(module)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's inputs `[batch, target]` for labels of that shape, for data collators."""

@@ -11,9 +11,10 @@ from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_layer import RecurrentLayer
 from hf_rnn.recurrent_operator import recurrent_layer
 from hf_rnn.recurrent_padding import Padding
-from matrix import MODEL_CLASSES, WORDS, make_config, make_inputs, make_mask, make_model, make_tokens
+from matrix import MODEL_CLASSES, VOCAB_SIZE, WORDS, make_config, make_inputs, make_mask, make_model, make_tokens
 
 
+COPYING = {"pointer_generator": True, "num_copy_ids": 5, "unk_token_id": 4}
 CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
 DIRECTIONS = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_direction", "two_directions"])
 
@@ -180,6 +181,42 @@ def test_graphs_of_scores(options):
         inputs = make_inputs("RNNSeq2SeqForConditionalGeneration", batch, 6)
         inputs["input_ids"] = make_tokens(batch, source)
         compare(model, compiled, inputs | {"attention_mask": random_mask(batch, source)})
+    assert len(graphs) <= 3
+
+
+def copying_inputs(batch: int, source: int, target: int) -> dict:
+    """Of a pointer-generator: every other word of the source and of the labels is one that the vocabulary lacks."""
+    ids = [make_tokens(batch, length, seed=length) for length in (source, target)]
+    for tokens in ids:
+        tokens[:, ::2] = VOCAB_SIZE + tokens[:, ::2] % COPYING["num_copy_ids"]
+    return {"input_ids": ids[0], "labels": ids[1], "attention_mask": random_mask(batch, source)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_attention_heads": 2},
+        pytest.param({"decoder_type": "bahdanau", "label_smoothing": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"decoder_type": "gnmt", "tie_word_embeddings": False}, marks=pytest.mark.slow),
+    ],
+    ids=["luong", "bahdanau", "gnmt"],
+)
+def test_graphs_of_copying(options):
+    """
+    A pointer-generator with labels, words beyond the vocabulary among them: one graph for any number of rows and any
+    source, with gradients, and where the decoder does not run step by step for any target.
+    """
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_model("RNNSeq2SeqForConditionalGeneration", **COPYING, **options).train()
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    targets = [5, 5, 5, 5] if model.model.decoder.runs_step_by_step else [5, 6, 9, 10]
+    for batch, source, target in zip([6, 5, 4, 2], [7, 8, 12, 16], targets):
+        compare(model, compiled, copying_inputs(batch, source, target))
     assert len(graphs) <= 3
 
 

@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 from transformers import AutoTokenizer, TrainerControl, TrainerState  # noqa: E402
 
 import language_model  # noqa: E402
+import prepare_scan  # noqa: E402
 import training_helpers  # noqa: E402
 import transduce  # noqa: E402
 import translate  # noqa: E402
@@ -275,6 +276,16 @@ class TestSymbols:
         assert rates["symbol_error_rate"] == pytest.approx(100 / 3)
         assert rates["ignoring_symbol_error_rate"] == 0
 
+    def test_characters_left_out(self):
+        """Of every target, once each; a symbol of which nothing is left is gone, a target must not be."""
+        pairs = [("a", "AH0 1 B"), ("a", "AH1 B"), ("b", "B")]
+        arguments = transduce.DataArguments(leave_out="012")
+        assert transduce.leave_out(pairs, arguments) == [("a", "AH B"), ("b", "B")]
+        arguments = transduce.DataArguments(leave_out="12", target_level="characters")
+        assert transduce.leave_out([("a", "1 x2")], arguments) == [("a", " x")]
+        with pytest.raises(UsageError, match="--leave_out 1 leaves nothing of '1 1', the target of 'a'"):
+            transduce.leave_out([("a", "1 1")], transduce.DataArguments(leave_out="1"))
+
     def test_all_targets_of_a_source(self):
         assert transduce.group_targets([("a", "x"), ("b", "y"), ("a", "z")]) == {"a": ["x", "z"], "b": ["y"]}
 
@@ -287,6 +298,41 @@ class TestSymbols:
         }
         words = [{word for word, _ in pairs} for pairs in parts.values()]
         assert len(set.union(*words)) == sum(map(len, words))
+
+
+class TestPrepareScan:
+    LINES = [f"IN: walk {number} OUT: I_WALK I_{number}\n" for number in range(30)] + ["IN: jump OUT: I_JUMP\n"] * 20
+
+    def prepare(self, folder, *options):
+        arguments = ["prepare_scan.py", str(folder), "--output_dir", str(folder / "out"), *options]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)
+            return prepare_scan.main()
+
+    def test_parts(self, tmp_path):
+        """Nothing is lost, no command is in two parts, repeated ones stay in training, and the seed decides."""
+        write(tmp_path / "tasks_train_simple.txt", "".join(self.LINES))
+        write(tmp_path / "tasks_test_simple.txt", "IN: run twice OUT: I_RUN I_RUN\n")
+        parts = []
+        for options in ([], [], ["--seed", "1"]):
+            assert self.prepare(tmp_path, "--dev_share", "0.5", *options) is None
+            files = {name: tmp_path / "out" / f"simple.{name}.tsv" for name in ("train", "dev", "test")}
+            parts.append({name: read_pairs(path, "command", "actions") for name, path in files.items()})
+        train, dev = parts[0]["train"], parts[0]["dev"]
+        pairs = [tuple(line.removeprefix("IN: ").strip().split(" OUT: ")) for line in self.LINES]
+        assert sorted(train + dev) == sorted(pairs)
+        assert 10 <= len(dev) <= 16
+        assert not {command for command, _ in train} & {command for command, _ in dev}
+        assert train.count(("jump", "I_JUMP")) == 20
+        assert parts[0]["test"] == [("run twice", "I_RUN I_RUN")]
+        assert parts[1] == parts[0] != parts[2]
+
+    def test_refusals(self, tmp_path, capsys):
+        assert self.prepare(tmp_path) == 2
+        assert "tasks_train_simple.txt: no such file" in capsys.readouterr().err
+        write(tmp_path / "tasks_train_simple.txt", "IN: run OUT: I_RUN\nrun\tI_RUN\n")
+        assert self.prepare(tmp_path) == 2
+        assert "tasks_train_simple.txt:2: expected a line of the form" in capsys.readouterr().err
 
 
 def run(module, *arguments, capsys):

@@ -30,6 +30,7 @@ from matrix import (
     MODEL_CLASSES,
     PAD,
     RECURRENT_CELLS,
+    VOCAB_SIZE,
     case_id,
     make_config,
     make_inputs,
@@ -60,6 +61,8 @@ for index, options in enumerate(options_of("RNNForTokenClassification")):
 CASES["RNNForCausalLM-tied"] = ("RNNForCausalLM", {"tie_word_embeddings": True})
 for decoder in DECODERS:
     CASES[f"RNNSeq2SeqForConditionalGeneration-{case_id(decoder)}"] = ("RNNSeq2SeqForConditionalGeneration", decoder)
+COPYING = {"pointer_generator": True, "num_copy_ids": 5, "unk_token_id": 4}
+CASES["RNNSeq2SeqForConditionalGeneration-copying"] = ("RNNSeq2SeqForConditionalGeneration", COPYING)
 
 
 def make_examples(name, options, number=BATCH):
@@ -71,6 +74,10 @@ def make_examples(name, options, number=BATCH):
         inputs["labels"] = torch.randn(shape, generator=generator, dtype=torch.float64)
     elif options.get("problem_type") == "multi_label_classification":
         inputs["labels"] = torch.randint(0, 2, (number, options["num_labels"]), generator=generator).double()
+    if options.get("pointer_generator"):
+        for key in ("input_ids", "labels"):
+            # Words that the vocabulary lacks.
+            inputs[key][:, ::2] = VOCAB_SIZE + inputs[key][:, ::2] % options["num_copy_ids"]
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for row in range(number):
         # The first half of the examples is short.
