@@ -4,11 +4,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_checks import (
+    AnyLength,
     CheckedOnLoading,
     check_layers,
     check_one_of,
     check_recurrence,
     check_stock_fields,
+    fill_defaults,
     raises_value_error,
 )
 
@@ -18,7 +20,7 @@ POOLING_TYPES = ("last", "mean", "max", "concat", "attention")
 
 @raises_value_error
 @strict
-class RNNConfig(CheckedOnLoading, PreTrainedConfig):
+class RNNConfig(AnyLength, CheckedOnLoading, PreTrainedConfig):
     r"""
     Configuration of a stack of recurrent layers over token embeddings, for [`RNNModel`] and the heads on it.
 
@@ -45,9 +47,10 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
         classifier_dropout (`float`, *optional*): Dropout before a classifier; none where not given.
         use_crf (`bool`, *optional*, defaults to `False`):
             Reserved for a conditional random field on [`RNNForTokenClassification`]; only `False` is accepted.
-        initializer_range (`float`, *optional*, defaults to 0.1):
-            Standard deviation of new embeddings. Recurrent weights start orthogonal, other weights Glorot uniform,
-            biases at zero.
+        initializer_range (`float`, *optional*):
+            Standard deviation of new embeddings and of a new projection to the vocabulary, tied or not; where not
+            given 2.5 divided by the root of `embedding_size`, so that wide and narrow models start to learn alike.
+            Recurrent weights start orthogonal, other weights Glorot uniform, biases at zero.
         forget_gate_bias (`float`, *optional*, defaults to 1.0): Initial bias of an LSTM's forget gate.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output projection shares its weight with the embeddings. Where their widths differ, a learned
@@ -85,7 +88,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     recurrent_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
     use_crf: bool = False
-    initializer_range: float | int = 0.1
+    initializer_range: float | int | None = None
     forget_gate_bias: float | int = 1.0
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -94,8 +97,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs):
-        if self.embedding_size is None:
-            self.embedding_size = self.hidden_size
+        fill_defaults(self)
         check_stock_fields(self, kwargs)
         check_layers(self, "num_hidden_layers")
         super().__post_init__(**kwargs)
