@@ -14,6 +14,12 @@ MAX_LABELS = 2**20
 MAX_SIZE = 2**31 - 1
 
 
+# Of tokens in a text: more than any memory holds, and still a number that every client can count with.
+NO_LIMIT = 2**53
+# New logits are about as many times as large as the states that they are made of, which are small in gated cells.
+INITIAL_SCALE = 2.5
+
+
 @contextlib.contextmanager
 def value_errors(config_class):
     """Within this context whatever makes a configuration invalid is a `ValueError`."""
@@ -47,6 +53,31 @@ class CheckedOnLoading:
             loaded = super().from_dict(config_dict, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
+
+
+class AnyLength:
+    """To be put before `PreTrainedConfig`: texts may have any length, and clients that ask for a limit are told so."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """How many tokens a text may have: more than there are. It is the same for all models, and no field."""
+        return NO_LIMIT
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, value):
+        if value != NO_LIMIT:
+            raise ValueError(
+                "`max_position_embeddings` cannot be given, there is no limit to the length of a text (the tokenizer's "
+                f"`model_max_length` cuts texts), got {value!r}."
+            )
+
+
+def fill_defaults(config) -> None:
+    """Fills the fields of both text families that follow from others where they are not given."""
+    if config.embedding_size is None:
+        config.embedding_size = config.hidden_size
+    if config.initializer_range is None and config.embedding_size > 0:
+        config.initializer_range = INITIAL_SCALE / config.embedding_size**0.5
 
 
 def check_at_least(config, minimum: int, *fields: str) -> None:
@@ -83,7 +114,7 @@ def check_finite(config, *fields: str, positive: bool = False) -> None:
     """Raises `ValueError` where one of the numbers in `fields` is not finite (or, with `positive`, not above zero)."""
     for field in fields:
         value = getattr(config, field)
-        if not math.isfinite(value) or (positive and value <= 0):
+        if value is None or not math.isfinite(value) or (positive and value <= 0):
             raise ValueError(f"`{field}` must be a {'positive ' if positive else ''}finite number, got {value}.")
 
 

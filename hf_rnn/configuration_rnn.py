@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_checks import (
     MAX_SIZE,
+    AnyLength,
     CheckedOnLoading,
     check_at_least,
     check_at_most,
@@ -13,6 +14,7 @@ from .configuration_checks import (
     check_one_of,
     check_recurrence,
     check_stock_fields,
+    fill_defaults,
     raises_value_error,
 )
 from .label_schemes import CONSTRAINTS, forbidden_steps
@@ -24,7 +26,7 @@ QUESTION_ATTENTIONS = ("aligned", "flow")
 
 @raises_value_error
 @strict
-class RNNConfig(CheckedOnLoading, PreTrainedConfig):
+class RNNConfig(AnyLength, CheckedOnLoading, PreTrainedConfig):
     r"""
     Configuration of a stack of recurrent layers over token embeddings, for [`RNNModel`] and the heads on it.
 
@@ -89,9 +91,10 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
             Names of the intents that [`RNNForTokenClassification`] chooses from for a whole text, beside the label of
             each token; no intents where not given. `pooling` says how the text becomes one vector. The other heads
             ignore it.
-        initializer_range (`float`, *optional*, defaults to 0.1):
-            Standard deviation of new embeddings. Recurrent weights start orthogonal, other weights Glorot uniform,
-            biases at zero.
+        initializer_range (`float`, *optional*):
+            Standard deviation of new embeddings and of a new projection to the vocabulary, tied or not; where not
+            given 2.5 divided by the root of `embedding_size`, so that wide and narrow models start to learn alike.
+            Recurrent weights start orthogonal, other weights Glorot uniform, biases at zero.
         forget_gate_bias (`float`, *optional*, defaults to 1.0): Initial bias of an LSTM's forget gate.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output projection shares its weight with the embeddings. Where their widths differ, a learned
@@ -145,7 +148,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     use_crf: bool = False
     crf_constraints: str = "auto"
     id2intent: dict[int, str] | dict[str, str] | None = None
-    initializer_range: float | int = 0.1
+    initializer_range: float | int | None = None
     forget_gate_bias: float | int = 1.0
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -155,8 +158,7 @@ class RNNConfig(CheckedOnLoading, PreTrainedConfig):
     sep_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.embedding_size is None:
-            self.embedding_size = self.hidden_size
+        fill_defaults(self)
         if self.word_embedding_size is None:
             self.word_embedding_size = self.hidden_size
         check_stock_fields(self, kwargs)

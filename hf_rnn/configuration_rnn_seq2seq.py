@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_checks import (
+    AnyLength,
     CheckedOnLoading,
     check_at_least,
     check_at_most,
@@ -12,6 +13,7 @@ from .configuration_checks import (
     check_one_of,
     check_recurrence,
     check_stock_fields,
+    fill_defaults,
     raises_value_error,
 )
 
@@ -23,7 +25,7 @@ MAX_WIDTH = 2**20
 
 @raises_value_error
 @strict
-class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
+class RNNSeq2SeqConfig(AnyLength, CheckedOnLoading, PreTrainedConfig):
     r"""
     Configuration of a recurrent encoder-decoder with attention, for [`RNNSeq2SeqModel`] and its head.
 
@@ -69,9 +71,10 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
         recurrent_dropout (`float`, *optional*, defaults to 0.0):
             Dropout on the hidden state inside the recurrence, sampled once per sequence
             ([Gal and Ghahramani, 2016](https://huggingface.co/papers/1512.05287)). Runs the step-by-step loop.
-        initializer_range (`float`, *optional*, defaults to 0.1):
-            Standard deviation of new embeddings. Recurrent weights start orthogonal, other weights Glorot uniform,
-            biases at zero.
+        initializer_range (`float`, *optional*):
+            Standard deviation of new embeddings and of a new projection to the vocabulary, tied or not; where not
+            given 2.5 divided by the root of `embedding_size`, so that wide and narrow models start to learn alike.
+            Recurrent weights start orthogonal, other weights Glorot uniform, biases at zero.
         forget_gate_bias (`float`, *optional*, defaults to 1.0): Initial bias of an LSTM's forget gate.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the output projection shares its weight with the embeddings. Where their widths differ, a learned
@@ -139,7 +142,7 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     output_dropout: float | int = 0.0
     recurrent_dropout: float | int = 0.0
-    initializer_range: float | int = 0.1
+    initializer_range: float | int | None = None
     forget_gate_bias: float | int = 1.0
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -157,8 +160,7 @@ class RNNSeq2SeqConfig(CheckedOnLoading, PreTrainedConfig):
     guided_alignment_weight: float | int = 1.0
 
     def __post_init__(self, **kwargs):
-        if self.embedding_size is None:
-            self.embedding_size = self.hidden_size
+        fill_defaults(self)
         check_stock_fields(self, kwargs)
         check_layers(self, "encoder_layers", "decoder_layers")
         super().__post_init__(**kwargs)

@@ -62,11 +62,19 @@ class RecurrentPreTrainedModel(CheckpointFiles, PreTrainedModel):
         if isinstance(module, RecurrentCell | AttentionScore | CoverageFeatures | LinearChainCRF | WordTable):
             module.init_weights(self.config)
         elif isinstance(module, nn.Linear | nn.Conv1d):
-            init.xavier_uniform_(module.weight)
+            if self._predicts_tokens(module):
+                init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            else:
+                init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    def _predicts_tokens(self, module: nn.Module) -> bool:
+        """Whether it is the projection to the vocabulary, or what `resize_token_embeddings` takes its new rows from."""
+        head = self.get_output_embeddings()
+        return head is not None and (module is head or all(module is not part for part in self.modules()))
 
     def _apply(self, fn, recurse: bool = True):
         forget_copies(self)  # of weights that move or change their type

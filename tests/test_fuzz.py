@@ -94,7 +94,7 @@ SHARED_FIELDS = {
     "hidden_dropout": is_dropout,
     "output_dropout": is_dropout,
     "recurrent_dropout": is_dropout,
-    "initializer_range": lambda value: is_finite(value) and value > 0,
+    "initializer_range": lambda value: value is None or (is_finite(value) and value > 0),
     "forget_gate_bias": is_finite,
     "tie_word_embeddings": is_bool,
     "use_cache": is_bool,

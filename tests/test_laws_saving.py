@@ -109,7 +109,7 @@ def assert_starts_as_configured(model, name, tolerance=1e-5):
         else:
             assert attribute == "bias_hh"
             assert (weight == 0).all(), name
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Embedding) or (module is model.get_output_embeddings() and attribute == "weight"):
         scale = model.config.initializer_range
         assert 0.7 * scale < weight.std() < 1.3 * scale, name
         assert weight.mean().abs() < 0.5 * scale, name

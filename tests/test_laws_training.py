@@ -504,7 +504,7 @@ def test_forget_gate_bias_opens_the_forget_gate():
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_other_weights_start_as_documented(tied):
-    """Embeddings normal with `initializer_range`, linear maps Glorot uniform without biases, scores of their own."""
+    """Embeddings and what predicts tokens normal with `initializer_range`, other linear maps Glorot uniform."""
     for score in ATTENTION_SCORES:
         options = {"tie_word_embeddings": tied, "initializer_range": 0.07}
         for name, _, model in new_models(**options):
@@ -515,7 +515,7 @@ def test_other_weights_start_as_documented(tied):
             embeddings = model.get_input_embeddings().weight
             for key, module in model.named_modules():
                 where = f"{name}, {score}, {key}"
-                if isinstance(module, nn.Embedding):
+                if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
                     assert abs(module.weight.std() - 0.07) < 0.003, where
                     assert abs(module.weight.mean()) < 0.003, where
                 elif isinstance(module, nn.Linear) and module.weight is not embeddings:
@@ -527,6 +527,37 @@ def test_other_weights_start_as_documented(tied):
                 if isinstance(module, AttentionScore) and hasattr(module, "vector"):
                     # Such that the scores of saturated features have a variance near one.
                     assert abs(module.vector.std() * math.sqrt(64) - 1) < 0.2, where
+
+
+@pytest.mark.parametrize("name", ["RNNForCausalLM", "RNNForMaskedLM", "RNNSeq2SeqForConditionalGeneration"])
+def test_new_rows_of_a_vocabulary_start_as_documented(name):
+    """As the rows that were there before, in the embeddings and in an untied projection."""
+    config = make_config(name, embedding_size=64, tie_word_embeddings=False, initializer_range=0.3)
+    model = MODEL_CLASSES[name][1](config)
+    vocab_size = config.vocab_size
+    model.resize_token_embeddings(vocab_size + 200, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert abs(module.weight[vocab_size:].std() - 0.3) < 0.03
+
+
+@pytest.mark.parametrize("cell_type", ["rnn_tanh", "gru", "lstm"])
+def test_narrow_models_learn_by_heart_with_the_defaults(cell_type):
+    """A text of 64 tokens in 300 steps, the loss a tenth of what it was: what transformers asks of small models."""
+    torch.manual_seed(42)
+    config = RNNConfig(vocab_size=99, hidden_size=32, cell_type=cell_type)
+    model = MODEL_CLASSES["RNNForCausalLM"][1](config).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    tokens = torch.arange(1, 20).repeat(4)[:64].expand(2, -1)
+    losses = []
+    for _ in range(300):
+        losses.append(model(input_ids=tokens, labels=tokens).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert losses[-1] < 0.1 * losses[0]
+    output = model.eval().generate(tokens[:1, :1], max_new_tokens=63, do_sample=False, eos_token_id=None)
+    assert torch.equal(output, tokens[:1])
 
 
 def vars_of(model) -> dict:

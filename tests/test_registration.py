@@ -1,11 +1,14 @@
 """What can be named: the table, the Auto classes, configurations and their checks, outputs, arguments of forward."""
 
 import inspect
+import itertools
 import math
+import re
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
@@ -168,6 +171,40 @@ def test_fields_and_their_defaults():
             if field != "is_encoder_decoder" and not field.startswith("_"):
                 assert f"        {field} (`" in config_class.__doc__ or field.endswith("_token_id"), field
     assert RNNSeq2SeqConfig().decoder_start_token_id is not None
+
+
+@over_families
+def test_scale_of_new_embeddings(config_class):
+    """By the root of their width, and as large as was said where something was said."""
+    assert config_class(hidden_size=12, embedding_size=25).initializer_range == 0.5
+    assert config_class(hidden_size=100, initializer_range=None).initializer_range == 0.25
+    config = config_class(hidden_size=100, initializer_range=0.7)
+    assert config.initializer_range == 0.7
+    assert config_class.from_dict(config.to_diff_dict()).initializer_range == 0.7
+    config.initializer_range = None
+    with pytest.raises(StrictDataclassError, match="`initializer_range` must be a positive finite number, got None"):
+        config.validate()
+
+
+@over_families
+def test_there_is_no_limit_to_the_length_of_a_text(config_class, tmp_path):
+    """Who asks for one gets a number beyond all texts; it is no field, so that no checkpoint can say otherwise."""
+    config = config_class(hidden_size=12)
+    limit = config.max_position_embeddings
+    assert limit >= 2**31 - 1
+    assert config.get_text_config(decoder=True).max_position_embeddings == limit
+    config.max_position_embeddings = limit
+    config.save_pretrained(tmp_path)
+    assert "max_position_embeddings" not in (tmp_path / "config.json").read_text()
+    assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings == limit
+    mistakes = [
+        lambda value: setattr(config, "max_position_embeddings", value),
+        lambda value: config_class(max_position_embeddings=value),
+        lambda value: AutoConfig.from_pretrained(tmp_path, max_position_embeddings=value),
+    ]
+    for mistake, value in itertools.product(mistakes, (512, -1, None, "many")):
+        with pytest.raises(ValueError, match=re.escape("`max_position_embeddings` cannot be given")):
+            mistake(value)
 
 
 def test_derived_sizes():

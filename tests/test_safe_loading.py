@@ -98,7 +98,7 @@ MISTAKES = {
     "hidden_size": [-1, 0, 2**31, 10**30, 2.5, "6", None, True, math.nan, math.inf, [6], {}],
     "vocab_size": [-1, 0, math.nan, -math.inf, "many"],
     "num_hidden_layers": [0, -2, 2.0, "two", 10**9, 2**63],
-    "initializer_range": [math.nan, math.inf, -math.inf, 0, -1, "x", None],
+    "initializer_range": [math.nan, math.inf, -math.inf, 0, -1, "x"],
     "forget_gate_bias": [math.nan, math.inf, "x", None],
     "hidden_dropout": [1, -0.1, math.nan, math.inf, "x", None],
     "pooling": ["first", None, 1],

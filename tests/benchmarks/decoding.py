@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_rnn.packed_linear import multiply, pack, packing_pays
+from hf_rnn.recurrent_cache import cache_of, cache_output
 
 from .harness import (
     Measurement,
@@ -42,8 +43,8 @@ def with_cache(model) -> Callable:
     """A model as a function of tokens and state."""
 
     def run(token, state):
-        outputs = model(input_ids=token, past_key_values=state, use_cache=True)
-        return outputs.logits, outputs.past_key_values
+        outputs = model(input_ids=token, cache=state, use_cache=True)
+        return outputs.logits, cache_of(outputs)
 
     return run
 
@@ -181,7 +182,7 @@ def generate(settings: Settings, new_tokens: int, batch: int = 1) -> Measurement
 def read(model, length: int, device: str) -> tuple[torch.Tensor, DynamicCache]:
     """A text of some length, and the state after all of its tokens but the last."""
     text = torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    return text, model(input_ids=text[:, :-1], use_cache=True).past_key_values
+    return text, cache_of(model(input_ids=text[:, :-1], use_cache=True))
 
 
 def state_bytes(cache) -> int:
@@ -203,8 +204,8 @@ def time_per_token(settings: Settings) -> Measurement:
 
     def go_on(text, cache):
         mask = torch.ones_like(text)
-        cache = copy.deepcopy(cache)  # it is filled
-        model.generate(text, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=num_tokens)
+        state = cache_output(copy.deepcopy(cache))  # it is filled
+        model.generate(text, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens, **state)
 
     return measure(settings, *(lambda text=text: go_on(*text) for text in texts))
 
@@ -235,7 +236,7 @@ def library_overhead(settings: Settings) -> Measurement:
 
     @torch.no_grad()
     def whole(state):
-        return model(input_ids=token, past_key_values=state, use_cache=True)
+        return model(input_ids=token, cache=state, use_cache=True)
 
     @torch.no_grad()
     def bare(states):
@@ -247,7 +248,7 @@ def library_overhead(settings: Settings) -> Measurement:
         return linear(hidden, model.lm_head.weight, model.lm_head.bias), new_states
 
     with torch.no_grad():
-        cache = model(input_ids=token, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=token, use_cache=True))
     states = [cell.initial_state(token.float()) for cell in cells]
     _, states = bare(states)
     check_equal("logits", whole(cache).logits[:, 0], bare(states)[0])

@@ -30,7 +30,7 @@ class CapturedStep:
 
     @torch.no_grad()
     def _step(self):
-        logits = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(input_ids=self.token, cache=self.cache, use_cache=True).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
 
     @torch.no_grad()
