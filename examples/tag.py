@@ -35,7 +35,14 @@ from transformers import (
 )
 
 from hf_rnn import RNNConfig
-from hf_rnn.training import first_continuation_id, frequent_words, make_word_tokenizer, set_word_table, whole_words
+from hf_rnn.training import (
+    first_continuation_id,
+    frequent_words,
+    make_word_tokenizer,
+    read_word_vectors,
+    set_word_table,
+    whole_words,
+)
 from tagged_text import Sentence, read_sentences, sentences_from_hub
 from text_pairs import DataError, read_lines
 from training_helpers import (
@@ -79,7 +86,12 @@ class ModelArguments(RecurrenceArguments):
     embedding_size: int = field(default=32, metadata={"help": "Width of the embeddings of bytes (or of sub-words)."})
     word_encoder_size: int = field(default=100, metadata={"help": "Width of what is made of the bytes of a word."})
     word_encoder_width: int = field(default=3, metadata={"help": "Width of the filters of cnn, an odd number."})
-    word_embedding_size: int = field(default=100, metadata={"help": "Width of the embeddings of known words."})
+    word_embedding_size: int | None = field(
+        default=None, metadata={"help": "Width of the embeddings of known words; default 100, or that of the vectors."}
+    )
+    vectors_file: str | None = field(
+        default=None, metadata={"help": "Pretrained vectors of words: text of GloVe, word2vec or fastText (also .gz)."}
+    )
     min_word_count: int = field(default=2, metadata={"help": "How often a word occurs that has an embedding."})
     max_words: int | None = field(default=None, metadata={"help": "Most words with an embedding; 0 for none."})
     word_dropout: float = field(default=0.1, metadata={"help": "Chance to read a known word as unknown in training."})
@@ -282,16 +294,20 @@ def make_model(
         "config_overrides",
         "min_word_count",
         "max_words",
+        "vectors_file",
     )
     fields |= {name: value for name, value in vars(args).items() if name not in not_in_config}
-    words = []
+    words, vectors = [], None
     try:
         if args.word_encoder is not None:
             fields["first_continuation_id"] = first_continuation_id(tokenizer)
             if args.max_words != 0:
-                seen = (word for sentence in sentences["train"] for word in sentence.words)
-                words = frequent_words(seen, args.min_word_count, args.max_words)
+                words, vectors = known_words(args, sentences)
                 fields["word_vocab_size"] = len(words) + 1 if words else 0
+            width = 100 if vectors is None else vectors.shape[1]
+            fields["word_embedding_size"] = args.word_embedding_size or width
+        elif args.vectors_file is not None:
+            raise ValueError("--vectors_file is for words, which there are none of without a --word_encoder")
         fields |= json.loads(args.config_overrides or "{}")
         config = RNNConfig(
             **fields
@@ -306,8 +322,32 @@ def make_model(
         raise UsageError(str(error)) from error
     model = AutoModelForTokenClassification.from_config(config)
     if words:
-        set_word_table(model, tokenizer, words)
+        try:
+            set_word_table(model, tokenizer, words, vectors)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     return model
+
+
+def known_words(args: ModelArguments, sentences: dict[str, list[Sentence]]) -> tuple[list[str], torch.Tensor | None]:
+    """
+    The words that are to have an embedding: those that are frequent in the training data, and with pretrained vectors
+    also those of all data that have one; with the vectors, NaN where there is none.
+    """
+    words = frequent_words((word for row in sentences["train"] for word in row.words), args.min_word_count)
+    if args.vectors_file is None:
+        return words[: args.max_words], None
+    seen = (word for rows in sentences.values() for row in rows for word in row.words)
+    try:
+        read = read_word_vectors(args.vectors_file, [*words, *seen], on_duplicate="first")
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    frequent = set(words)
+    kept = [i for i, (word, found) in enumerate(zip(read.words, read.found.tolist())) if found or word in frequent]
+    kept = kept[: args.max_words]
+    say(f"{int(read.found[kept].sum())} of {len(kept)} words have a vector in {args.vectors_file}")
+    vectors = read.vectors.masked_fill(~read.found.unsqueeze(-1), float("nan"))
+    return [read.words[index] for index in kept], vectors[kept]
 
 
 def is_entity_scheme(labels: Sequence[str]) -> bool:

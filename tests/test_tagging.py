@@ -181,6 +181,15 @@ def test_tag(tmp_path):
 def test_tag_with_plain_tags_and_sub_words(tmp_path):
     """Parts of speech without a random field or intents, held-out validation data, and a tokenizer of the user's."""
     path = write(tmp_path / "train.conllu", CONLLU * 40)
+    vectors = write(tmp_path / "vectors.txt", "here 1 2 3\ni 4 5 6\nyonder 7 8 9\n")
+    sizes = {name: value for name, value in TINY.items() if name != "word_embedding_size"}
+    output = run(
+        "tag.py",
+        tmp_path / "vectors",
+        train_file=path,
+        **sizes | {"num_train_epochs": 1, "vectors_file": vectors, "use_crf": "false"},
+    )
+    assert "3 of 6 words have a vector" in output  # I, i and here; not 'm, Go and go
     options = TINY | {"num_train_epochs": 3, "use_crf": "false", "max_words": 0, "word_encoder": "gru"}
     run("tag.py", tmp_path / "out", train_file=path, **options)
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
