@@ -192,6 +192,8 @@ def load_sentences(args: DataArguments, training: bool, seed: int) -> dict[str, 
     else:
         if not any(given.values()) and args.predict_file is None:
             given |= {split: str(path) for split, path in DEFAULT_FILES.items()}
+        if training and given["train"] is None:
+            raise UsageError("there is no --train_file to train on (--do_train false tags without training)")
         tokenizer = make_word_tokenizer().backend_tokenizer
 
         def split_text(text: str) -> list[tuple[int, int]]:
@@ -200,8 +202,6 @@ def load_sentences(args: DataArguments, training: bool, seed: int) -> dict[str, 
         for split in splits:
             if given[split] is not None:
                 sentences[split] = read_sentences(given[split], args.word_column, args.tag_column, split=split_text)
-    if training and "train" not in sentences:
-        raise UsageError("there is no --train_file to train on (--do_train false tags without training)")
     rng = np.random.default_rng(seed)
     if training and "validation" not in sentences:
         order = rng.permutation(len(sentences["train"]))

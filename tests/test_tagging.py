@@ -166,7 +166,7 @@ def test_tag(tmp_path):
     assert tagged.count("# intent = eat predicted = eat") == 16
     assert "apple\tI-food\tI-food" in tagged
 
-    text = write(tmp_path / "text.txt", "eat a red plum, paint it blue\n\npaint it grey\n")
+    text = write(tmp_path / "text.txt", "eat a red plum\n\npaint it grey\n")
     loaded = {"do_train": "false", "model_name_or_path": tmp_path / "out"}
     run("tag.py", tmp_path / "again", **loaded, test_file=test, predict_file=text)
     again = json.loads((tmp_path / "again" / "all_results.json").read_text())
