@@ -4,6 +4,8 @@ Models are computed row by row from the tokens alone, so that padding cannot tak
 a dictionary of arrays under the names of the state dict.
 """
 
+import itertools
+
 import numpy as np
 
 
@@ -431,3 +433,19 @@ def pool(name: str, weights: Weights, outputs: np.ndarray, mask: np.ndarray, bid
         if tokens.any():
             pooled[row] = POOLINGS[name](weights, outputs[row, tokens], bidirectional)
     return pooled
+
+
+def all_paths(weights: Weights, emissions: np.ndarray) -> dict[tuple[int, ...], float]:
+    """
+    The score of every path of labels over the tokens of one row `[tokens, labels]`, Lample et al. (2016): that of the
+    first label, of each label at its token, of each label behind the one before, and of the last label.
+    """
+    tokens, num_labels = emissions.shape
+    scores = {}
+    for path in np.ndindex(*[num_labels] * tokens):
+        score = sum(emissions[token, label] for token, label in enumerate(path))
+        score += sum(weights["transitions"][before, label] for before, label in itertools.pairwise(path))
+        if path:
+            score += weights["start_transitions"][path[0]] + weights["end_transitions"][path[-1]]
+        scores[path] = float(score)
+    return scores

@@ -137,6 +137,8 @@ def test_fields_and_their_defaults():
             "classifier_dropout": None,
             "pooling": "last",
             "use_crf": False,
+            "crf_constraints": "auto",
+            "id2intent": None,
             "tie_word_embeddings": False,
         },
         RNNSeq2SeqConfig: common
@@ -226,7 +228,11 @@ MISTAKES = {
         ("bidirectional", "both", "bool"),
         ("pooling", "first", "['attention', 'concat', 'last', 'max', 'mean']"),
         ("classifier_dropout", 2, "[0, 1)"),
-        ("use_crf", True, "False"),
+        ("use_crf", 1, "bool"),
+        ("crf_constraints", "iob1", "['auto', 'bilou', 'bio', 'bioes', 'iob2', 'iobes', 'none']"),
+        ("crf_constraints", None, "str"),
+        ("id2intent", {}, "0, 1, 2, ..."),
+        ("id2intent", {1: "ask"}, "0, 1, 2, ..."),
     ],
     RNNSeq2SeqConfig: [
         ("encoder_layers", 0, "at least 1"),
