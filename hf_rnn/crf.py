@@ -6,7 +6,6 @@ to the left and to the right of them are neighbours.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ class Chain:
         self.order = torch.empty_like(self.place).scatter(1, self.place, steps)
         self.text = None if starts is None else starts.long().cumsum(dim=1).gather(1, self.order)  # of each step
 
-    @cached_property
     def backwards(self) -> torch.Tensor:
         """For each step `[batch, seq]` the one from the other end of the chain, which is its own inverse."""
         last = self.lengths[:, None] - 1
@@ -55,7 +53,7 @@ class Chain:
         """True at the steps `[batch, seq]` that begin a text behind the first one, in either direction."""
         if self.text is None:
             return None
-        text = self.text.gather(1, self.backwards) if backwards else self.text
+        text = self.text.gather(1, self.backwards()) if backwards else self.text
         return text != self.before(text)
 
     def before(self, values: torch.Tensor) -> torch.Tensor:
@@ -240,11 +238,12 @@ class LinearChainCRF(nn.Module):
 
     def _log_marginals(self, emissions: torch.Tensor, steps: torch.Tensor, chain: Chain) -> torch.Tensor:
         transitions, start, end = self._scores(steps.dtype, FORBIDDEN_SCORE)
+        backwards = chain.backwards()
         forward, _ = chain_sums(steps, chain.lengths, chain.starts(), transitions, start, end)
         backward, _ = chain_sums(
-            _take(steps, chain.backwards), chain.lengths, chain.starts(backwards=True), transitions.t(), end, start
+            _take(steps, backwards), chain.lengths, chain.starts(backwards=True), transitions.t(), end, start
         )
-        sums = chain.to_positions(forward + _take(backward, chain.backwards) - steps)
+        sums = chain.to_positions(forward + _take(backward, backwards) - steps)
         return torch.where(chain.mask.unsqueeze(-1), sums, emissions.to(sums.dtype)).log_softmax(dim=-1)
 
     def marginals(

@@ -577,9 +577,17 @@ def test_other_heads_ignore_the_field():
     assert isinstance(other, RNNForSequenceClassification)
 
 
+def test_graph_of_packed_texts():
+    """The chains end and begin where the texts do."""
+    model = make_model(NAME, **WITH_CRF).train()
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0]]).expand(6, -1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compare(model, compiled, make_inputs(NAME) | {"position_ids": positions})
+
+
 @pytest.mark.parametrize("options", [WITH_CRF, JOINT], ids=["crf", "joint"])
 def test_graphs_of_training_and_evaluation(options):
-    """One graph serves all lengths and batch sizes, with gradients, with and without texts that begin within a row."""
+    """One graph serves all lengths and batch sizes, with gradients."""
     graphs = []
 
     def count(graph, example_inputs):
@@ -595,10 +603,6 @@ def test_graphs_of_training_and_evaluation(options):
             inputs = make_inputs(NAME, batch, seq, with_labels=training, options=options)
             compare(model, compiled, inputs | {"attention_mask": random_mask(batch, seq)})
         assert len(graphs) <= 3
-    model = make_model(NAME, **WITH_CRF).train()
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0]]).expand(6, -1)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compare(model, compiled, make_inputs(NAME) | {"position_ids": positions})
 
 
 @pytest.mark.slow
