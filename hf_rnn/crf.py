@@ -6,7 +6,6 @@ to the left and to the right of them are neighbours.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ class Chain:
         self.order = torch.empty_like(self.place).scatter(1, self.place, steps)
         self.text = None if starts is None else starts.long().cumsum(dim=1).gather(1, self.order)  # of each step
 
-    @cached_property
     def backwards(self) -> torch.Tensor:
         """For each step `[batch, seq]` the one from the other end of the chain, which is its own inverse."""
         last = self.lengths[:, None] - 1
@@ -55,7 +53,7 @@ class Chain:
         """True at the steps `[batch, seq]` that begin a text behind the first one, in either direction."""
         if self.text is None:
             return None
-        text = self.text.gather(1, self.backwards) if backwards else self.text
+        text = self.text.gather(1, self.backwards()) if backwards else self.text
         return text != self.before(text)
 
     def before(self, values: torch.Tensor) -> torch.Tensor:
@@ -75,6 +73,17 @@ def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if values.dim() == 3:
         index = index.unsqueeze(-1).expand_as(values)
     return values.gather(1, index)
+
+
+def _relative(emissions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Emissions such that the highest of each step is zero, and what was taken off, as a constant. Sums over long texts
+    are more exact with them, and the probability of a path is the same.
+    """
+    if emissions.numel() == 0:
+        return emissions, emissions[..., :0]
+    highest = emissions.detach().amax(dim=-1, keepdim=True)
+    return emissions - highest, highest
 
 
 class LinearChainCRF(nn.Module):
@@ -111,23 +120,17 @@ class LinearChainCRF(nn.Module):
         self.transitions = nn.Parameter(torch.zeros(num_labels, num_labels))  # [from, to]
         self.start_transitions = nn.Parameter(torch.zeros(num_labels))
         self.end_transitions = nn.Parameter(torch.zeros(num_labels))
-        self._forbidden = forbidden
-        tables = (None, None, None) if forbidden is None else map(torch.tensor, forbidden)
-        for name, table in zip(("forbidden", "forbidden_start", "forbidden_end"), tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
+        # No buffers, which loading from a checkpoint leaves empty: the tables follow from the configuration.
+        self.forbidden = None if forbidden is None else tuple(torch.tensor(table, device="cpu") for table in forbidden)
 
     def extra_repr(self) -> str:
-        return f"{self.num_labels}, constrained={self._forbidden is not None}"
+        return f"{self.num_labels}, constrained={self.forbidden is not None}"
 
     def init_weights(self, config) -> None:
         """Initialises what no checkpoint has filled: all scores at zero, with which labels are independent."""
         init.zeros_(self.transitions)
         init.zeros_(self.start_transitions)
         init.zeros_(self.end_transitions)
-        if self._forbidden is not None:
-            tables = self.forbidden, self.forbidden_start, self.forbidden_end
-            for table, values in zip(tables, self._forbidden, strict=True):
-                init.copy_(table, torch.tensor(values))
 
     def forward(self, run: Callable[["LinearChainCRF"], Any]) -> Any:
         """Calls `run(self)` and returns its result, for the same reasons as a recurrent cell."""
@@ -136,8 +139,8 @@ class LinearChainCRF(nn.Module):
     def _scores(self, dtype: torch.dtype, forbidden_score: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scores = [self.transitions, self.start_transitions, self.end_transitions]
         scores = [score.to(dtype) for score in scores]
-        if self._forbidden is not None:
-            tables = self.forbidden, self.forbidden_start, self.forbidden_end
+        if self.forbidden is not None:
+            tables = [table.to(scores[0].device) for table in self.forbidden]
             scores = [score.masked_fill(table, forbidden_score) for score, table in zip(scores, tables, strict=True)]
         return tuple(scores)
 
@@ -162,14 +165,17 @@ class LinearChainCRF(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch,)`: the logarithm of the sum of exp(score) over all paths.
         """
-        return self._log_partition(*self._prepare(emissions, mask, starts))
+        steps, chain = self._prepare(emissions, mask, starts)
+        relative, highest = _relative(steps)
+        return self._log_partition(relative, chain) + highest.sum(dim=(1, 2))
 
     def _log_partition(self, emissions: torch.Tensor, chain: Chain) -> torch.Tensor:
         if emissions.shape[1] == 0:
             return emissions.sum(dim=(1, 2))
         transitions, start, end = self._scores(emissions.dtype, FORBIDDEN_SCORE)
-        sums = chain_sums(emissions, chain.lengths, chain.starts(), transitions, start, end)
-        return (sums[:, -1] + end).logsumexp(dim=-1).masked_fill(chain.lengths == 0, 0)
+        sums, constant = chain_sums(emissions, chain.lengths, chain.starts(), transitions, start, end)
+        # The constant cancels out of every derivative.
+        return ((sums[:, -1] + end).logsumexp(dim=-1) + constant.detach()).masked_fill(chain.lengths == 0, 0)
 
     def path_score(
         self,
@@ -216,6 +222,7 @@ class LinearChainCRF(nn.Module):
             `torch.Tensor` of shape `(batch,)`: the logarithm of its probability.
         """
         emissions, chain = self._prepare(emissions, mask, starts)
+        emissions, _ = _relative(emissions)
         labels = chain.to_steps(labels.masked_fill(~chain.mask, 0))
         return self._path_score(emissions, chain, labels) - self._log_partition(emissions, chain)
 
@@ -231,11 +238,12 @@ class LinearChainCRF(nn.Module):
 
     def _log_marginals(self, emissions: torch.Tensor, steps: torch.Tensor, chain: Chain) -> torch.Tensor:
         transitions, start, end = self._scores(steps.dtype, FORBIDDEN_SCORE)
-        forward = chain_sums(steps, chain.lengths, chain.starts(), transitions, start, end)
-        backward = chain_sums(
-            _take(steps, chain.backwards), chain.lengths, chain.starts(backwards=True), transitions.t(), end, start
+        backwards = chain.backwards()
+        forward, _ = chain_sums(steps, chain.lengths, chain.starts(), transitions, start, end)
+        backward, _ = chain_sums(
+            _take(steps, backwards), chain.lengths, chain.starts(backwards=True), transitions.t(), end, start
         )
-        sums = chain.to_positions(forward + _take(backward, chain.backwards) - steps)
+        sums = chain.to_positions(forward + _take(backward, backwards) - steps)
         return torch.where(chain.mask.unsqueeze(-1), sums, emissions.to(sums.dtype)).log_softmax(dim=-1)
 
     def marginals(

@@ -53,9 +53,9 @@ def _sum_step(now: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
     return (now.unsqueeze(-1) + transitions).logsumexp(dim=-2)
 
 
-def run_sums(emissions, lengths, starts, transitions, start, end) -> torch.Tensor:
+def run_sums(emissions, lengths, starts, transitions, start, end) -> list[torch.Tensor]:
     if emissions.numel() == 0:
-        return torch.zeros_like(emissions)
+        return [torch.zeros_like(emissions), emissions.new_zeros(len(emissions))]
     with torch.autocast(emissions.device.type, enabled=False):
         steps = _steps(emissions, lengths, starts)
         sums = None
@@ -63,19 +63,29 @@ def run_sums(emissions, lengths, starts, transitions, start, end) -> torch.Tenso
             sums = _sums_by_products(steps, transitions, start, end)
         if sums is None:
             sums = _sums(steps, start, end, lambda now: _sum_step(now, transitions))
-    return torch.stack([*sums, *sums[-1:] * (emissions.shape[1] - len(sums))], dim=1)
+    sums, highest = sums
+    missing = emissions.shape[1] - len(sums)
+    return [torch.stack([*sums, *sums[-1:] * missing], dim=1), torch.cat(highest, dim=-1).sum(dim=-1)]
 
 
-def _sums(steps: _Steps, start, end, sum_step) -> list[torch.Tensor]:
-    now = start + steps.emissions[0]
-    sums = [now]
+def _sums(steps: _Steps, start, end, sum_step) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The sums after each step less the highest of them, and what was taken off `[batch, 1]`."""
+    now, highest = _relative(start + steps.emissions[0])
+    all_sums, all_highest = [now], [highest]
     for step in range(1, len(steps.emissions)):
         summed = sum_step(now)
         if steps.starts is not None:
             summed = torch.where(steps.starts[step], start + (now + end).logsumexp(-1, keepdim=True), summed)
-        now = torch.where(steps.is_token[step], summed + steps.emissions[step], now)
-        sums.append(now)
-    return sums
+        now, highest = _relative(torch.where(steps.is_token[step], summed + steps.emissions[step], now))
+        all_sums.append(now)
+        all_highest.append(highest)
+    return all_sums, all_highest
+
+
+def _relative(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores such that the highest is zero, so that they are as exact at the end of a long text as at its beginning."""
+    highest = scores.amax(dim=-1, keepdim=True)
+    return scores - highest, highest
 
 
 def _lowest_sum(transitions: torch.Tensor) -> float:
@@ -84,7 +94,7 @@ def _lowest_sum(transitions: torch.Tensor) -> float:
     return len(transitions) * info.tiny / info.eps
 
 
-def _sums_by_products(steps: _Steps, transitions, start, end) -> list[torch.Tensor] | None:
+def _sums_by_products(steps: _Steps, transitions, start, end) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
     """
     [`_sums`] with a product of matrices for the sum over the label before; None where scores are so far apart that
     numbers get too small.
@@ -94,9 +104,8 @@ def _sums_by_products(steps: _Steps, transitions, start, end) -> list[torch.Tens
     products = []
 
     def sum_step(now):
-        top = now.amax(dim=-1, keepdim=True)
-        products.append((now - top).exp() @ factors)
-        return products[-1].log() + (top + highest)
+        products.append(now.exp() @ factors)
+        return products[-1].log() + highest
 
     sums = _sums(steps, start, end, sum_step)
     # Not `min < lowest`, so that what is not a number goes the other way.
@@ -165,7 +174,7 @@ def _backward_by_sums(before, is_sum, transitions):
 def _backward_by_products(before, is_sum, transitions):
     """[`_backward_by_sums`] with products of matrices; None where numbers get too small, as in the forward."""
     factors = (transitions - transitions.max()).exp()
-    parts = (before - before.amax(dim=-1, keepdim=True)).exp()
+    parts = before.exp()
     products = parts @ factors
     if not products.min() >= _lowest_sum(transitions):
         return None
@@ -189,7 +198,7 @@ def chain_sums(
     transitions: torch.Tensor,
     start: torch.Tensor,
     end: torch.Tensor,
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """
     The logarithm of the sum of exp(score) over all paths up to a position that end there with a label, the `end`
     scores of the last one left out: the forward variables of
@@ -204,14 +213,16 @@ def chain_sums(
         start, end (`torch.Tensor` of shape `(labels,)`): Scores of the first and of the last label of a text.
 
     Returns:
-        `torch.Tensor` of shape `(batch, seq, labels)`; behind the last token its value is repeated.
+        The logarithms `(batch, seq, labels)`, at each position less the highest of them; behind the last token its
+        values are repeated. And all that was taken off until there `(batch,)`, which is to be seen as a constant: it
+        has no derivative.
     """
-    return run_sums(emissions, lengths, starts, transitions, start, end).contiguous()
+    return run_sums(emissions, lengths, starts, transitions, start, end)
 
 
 @chain_sums.register_fake
 def _shape_of_sums(emissions, lengths, starts, transitions, start, end):
-    return emissions.new_empty(emissions.shape)
+    return [emissions.new_empty(emissions.shape), emissions.new_empty(emissions.shape[:1])]
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::chain_sums_backward", mutates_args=())
@@ -236,11 +247,11 @@ def _shapes_of_gradients(grad_sums, sums, emissions, lengths, starts, transition
 
 def _keep_for_backward(ctx, inputs, output):
     emissions, lengths, starts, transitions, start, end = inputs
-    ctx.save_for_backward(output, emissions, lengths, starts, transitions, start, end)
+    ctx.save_for_backward(output[0], emissions, lengths, starts, transitions, start, end)
 
 
-def _backward(ctx, grad_sums):
-    of_emissions, of_transitions, of_start, of_end = chain_sums_backward(grad_sums, *ctx.saved_tensors)
+def _backward(ctx, grads):
+    of_emissions, of_transitions, of_start, of_end = chain_sums_backward(grads[0], *ctx.saved_tensors)
     return of_emissions, None, None, of_transitions, of_start, of_end
 
 
@@ -283,11 +294,16 @@ def run_best(emissions, lengths, starts, transitions, start, end, number: int) -
     steps = _steps(emissions, lengths, starts)
     same = torch.arange(number * num_labels, device=lengths.device).view(number, num_labels)
     now, pointers = _begin_paths(steps.emissions[0], start, number), []
+    total = emissions.new_zeros(batch)
     over_start = (end[:, None] + start).unsqueeze(0)
     for step in range(1, len(steps.emissions)):
         between = transitions.unsqueeze(0)
         if steps.starts is not None:
             between = torch.where(steps.starts[step].unsqueeze(-1), over_start, between)
+        # As exact at the end of a long text as at its beginning.
+        highest = now[:, :1].amax(dim=-1, keepdim=True)
+        total = total + highest.flatten()
+        now = now - highest
         best, pointer = _best_step(now, between, number)
         is_token = steps.is_token[step].unsqueeze(-1)
         now = torch.where(is_token, best + steps.emissions[step].unsqueeze(-2), now)
@@ -299,7 +315,7 @@ def run_best(emissions, lengths, starts, transitions, start, end, number: int) -
         place = pointer.gather(1, place)
         labels.append(place)
     paths[:, :, : len(labels)] = torch.stack(labels[::-1], dim=-1) % num_labels
-    return [paths, scores]
+    return [paths, scores + total[:, None]]
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::chain_best_paths", mutates_args=())
@@ -344,19 +360,20 @@ def _scan(step, initial, inputs, reverse: bool = False):
         return scan(step, initial, inputs, reverse=reverse)
 
 
-def sums_in_scan(emissions, lengths, starts, transitions, start, end) -> torch.Tensor:
+def sums_in_scan(emissions, lengths, starts, transitions, start, end) -> list[torch.Tensor]:
     """The operator [`chain_sums`] as a `scan`. Each row is one text: `starts` are ignored."""
     steps = torch.arange(emissions.shape[1], device=emissions.device)
 
     def step(now, inputs):
         emissions, is_token, is_first = inputs
         summed = torch.where(is_first, start, _sum_step(now, transitions)) + emissions
-        new = torch.where(is_token, summed, now)
-        return new, new.clone()
+        new, highest = _relative(torch.where(is_token, summed, now))
+        return new, (new.clone(), highest)
 
     is_token = (steps[:, None] < lengths).unsqueeze(-1)
     inputs = emissions.transpose(0, 1), is_token, (steps == 0).view(-1, 1, 1)
-    return _scan(step, torch.zeros_like(emissions[:, 0]), inputs)[1].transpose(0, 1)
+    _, (sums, highest) = _scan(step, torch.zeros_like(emissions[:, 0]), inputs)
+    return [sums.transpose(0, 1), highest.sum(dim=(0, 2))]
 
 
 def best_paths_in_scan(emissions, lengths, starts, transitions, start, end, number: int) -> list[torch.Tensor]:
@@ -373,22 +390,24 @@ def best_paths_in_scan(emissions, lengths, starts, transitions, start, end, numb
 
     def step(now, inputs):
         emissions, is_token, is_first = inputs
+        now, highest = _relative(now)
         best, pointer = (now.unsqueeze(-1) + transitions).max(dim=-2)
         best = torch.where(is_first, start, best) + emissions
-        return torch.where(is_token, best, now), torch.where(is_token & ~is_first, pointer, labels)
+        pointer = torch.where(is_token & ~is_first, pointer, labels)
+        return torch.where(is_token, best, now), (pointer, highest)
 
     def step_back(label, pointer):
         return pointer.gather(1, label.unsqueeze(1)).squeeze(1), label.clone()
 
     is_token = (steps[:, None] < lengths).unsqueeze(-1)
     inputs = emissions.transpose(0, 1), is_token, (steps == 0).view(-1, 1, 1)
-    now, pointers = _scan(step, torch.zeros_like(emissions[:, 0]), inputs)
+    now, (pointers, highest) = _scan(step, torch.zeros_like(emissions[:, 0]), inputs)
     scores, last = (now + end).max(dim=-1)
     _, path = _scan(step_back, last, pointers, reverse=True)
-    return [path.t().unsqueeze(1), scores.unsqueeze(1)]
+    return [path.t().unsqueeze(1), (scores + highest.sum(dim=(0, 2))).unsqueeze(1)]
 
 
-def _decompose_sums(*arguments) -> torch.Tensor:
+def _decompose_sums(*arguments) -> list[torch.Tensor]:
     # Others ask for the decomposition too, in order to see the shapes.
     return sums_in_scan(*arguments) if torch.onnx.is_in_onnx_export() else _shape_of_sums(*arguments)
 

@@ -601,7 +601,7 @@ class RNNForTokenClassification(PoolingHead):
 
         Raises:
             `ValueError`: `intents` for a model without, `position_ids` that begin again at 0 within a row for a model
-                with intents, or a `chain_mask` of a wrong shape.
+                with intents, or, with `use_crf`, a `chain_mask` or labels of a wrong shape.
         """
         if intents is not None and self.intent_classifier is None:
             raise ValueError("`intents` must be None where the configuration has no `id2intent`.")
@@ -714,6 +714,9 @@ class RNNForTokenClassification(PoolingHead):
     ) -> torch.Tensor:
         """True at the tokens `(batch, seq)` that are in the chain of labels, of those that were read."""
         chain = emissions.new_ones(emissions.shape[:2], dtype=torch.bool)
+        for name, values in {"chain_mask": chain_mask, "labels": labels}.items():
+            if values is not None and values.shape != chain.shape:
+                raise ValueError(f"`{name}` must have the shape {tuple(chain.shape)}, got {tuple(values.shape)}.")
         for mask in (read_mask, chain_mask, None if labels is None else labels != IGNORED_LABEL):
             chain = chain if mask is None else chain & mask.bool()
         return chain

@@ -4,6 +4,8 @@ Models are computed row by row from the tokens alone, so that padding cannot tak
 a dictionary of arrays under the names of the state dict.
 """
 
+import itertools
+
 import numpy as np
 
 
@@ -577,3 +579,19 @@ def read(config, weights: Weights, input_ids: np.ndarray, mask: np.ndarray, type
         scores = head(config, part(weights, "qa_outputs"), outputs, asked, places, texts)
         logits[row, positions[places]] = scores
     return logits
+
+
+def all_paths(weights: Weights, emissions: np.ndarray) -> dict[tuple[int, ...], float]:
+    """
+    The score of every path of labels over the tokens of one row `[tokens, labels]`, Lample et al. (2016): that of the
+    first label, of each label at its token, of each label behind the one before, and of the last label.
+    """
+    tokens, num_labels = emissions.shape
+    scores = {}
+    for path in np.ndindex(*[num_labels] * tokens):
+        score = sum(emissions[token, label] for token, label in enumerate(path))
+        score += sum(weights["transitions"][before, label] for before, label in itertools.pairwise(path))
+        if path:
+            score += weights["start_transitions"][path[0]] + weights["end_transitions"][path[-1]]
+        scores[path] = float(score)
+    return scores

@@ -83,6 +83,12 @@ def is_bool(value):
     return isinstance(value, bool)
 
 
+def is_names(value):
+    """A dictionary from 0, 1, 2, ... or these as strings, all of one type, to strings."""
+    of_one_type = len({type(key) for key in value}) == 1 and all(isinstance(name, str) for name in value.values())
+    return of_one_type and set(map(str, value)) == set(map(str, range(len(value)))) and not any(map(is_bool, value))
+
+
 # Written down once more from the documentation of the fields: which values each of them takes.
 SHARED_FIELDS = {
     "vocab_size": is_size,
@@ -118,7 +124,9 @@ FIELDS = {
         "pooling_heads": is_width,
         "pooling_attention_size": lambda value: value is None or is_width(value),
         "classifier_dropout": lambda value: value is None or is_dropout(value),
-        "use_crf": lambda value: value is False,
+        "use_crf": is_bool,
+        "crf_constraints": is_one_of("auto", "none", "bio", "iob2", "bioes", "iobes", "bilou"),
+        "id2intent": lambda value: value is None or (isinstance(value, dict) and is_names(value)),
     },
     RNNSeq2SeqConfig: SHARED_FIELDS
     | {
@@ -143,8 +151,8 @@ FIELDS = {
         "guided_alignment_weight": lambda value: is_finite(value) and value >= 0,
     },
 }
-NAMES = [*RECURRENT_CELLS, *ATTENTION_SCORES, *POOLING_TYPES, *DECODER_TYPES, "float16", "regression"]
-SENSIBLE = [None, False, True, *range(-1, 13), 0.0, 0.1, 0.5, 0.999, *NAMES]
+NAMES = [*RECURRENT_CELLS, *ATTENTION_SCORES, *POOLING_TYPES, *DECODER_TYPES, "float16", "regression", "auto", "bioes"]
+SENSIBLE = [None, False, True, *range(-1, 13), 0.0, 0.1, 0.5, 0.999, *NAMES, {0: "ask", 1: "tell"}, {"0": "ask"}]
 ANYTHING = (
     st.none()
     | st.booleans()
@@ -194,6 +202,11 @@ def lacks_unknown_token(value_of):
 
 # Fields of which each may be right by itself, how they do not fit together, and which of them is named then.
 MISFITS = [
+    (
+        ["use_crf", "crf_constraints"],
+        lambda of: of["use_crf"] and of["crf_constraints"] not in ("auto", "none"),
+        "crf_constraints",
+    ),
     (
         ["problem_type", "num_labels"],
         lambda of: of["problem_type"] == "single_label_classification" and of["num_labels"] == 1,
@@ -252,6 +265,8 @@ def check_config(case):
     for field, value in fields.items():
         if field == "dtype" and value is not None:
             value = getattr(torch, value)
+        if field == "id2intent" and value is not None:
+            value = {int(key): name for key, name in value.items()}
         if field == "embedding_size" and value is None:
             value = config.hidden_size
         assert getattr(config, field) == value
@@ -309,6 +324,9 @@ def models(draw, names):
             "num_hidden_layers": draw(st.integers(1, 3)),
             "bidirectional": name not in STATEFUL and draw(st.booleans()),
             "pooling": draw(st.sampled_from(POOLING_TYPES)),
+            "use_crf": draw(st.booleans()),
+            "id2label": draw(st.sampled_from([None, {0: "O", 1: "B-A", 2: "I-A"}])),
+            "id2intent": draw(st.sampled_from([None, {0: "ask", 1: "tell"}])),
         }
         if options["pooling"] == "attention":
             options["pooling_heads"] = draw(st.integers(1, 3))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import hf_rnn
 from hf_rnn import REGISTRATION, RNNSeq2SeqConfig
 from hf_rnn.attention import AttentionScore, CoverageFeatures
+from hf_rnn.crf import LinearChainCRF
 from hf_rnn.recurrent_cells import RecurrentCell
 from matrix import GENERATIVE, MODEL_CLASSES, VOCAB_SIZE, make_config, make_inputs, make_mask, make_model, options_of
 
@@ -120,6 +121,8 @@ def assert_starts_as_configured(model, name, tolerance=1e-5):
     elif isinstance(module, nn.Conv1d):
         (width,) = module.kernel_size
         bound = math.sqrt(6 / (width * (module.in_channels // module.groups + module.out_channels)))
+    elif isinstance(module, LinearChainCRF):
+        assert (weight == 0).all(), name
     elif isinstance(module, CoverageFeatures):
         bound = math.sqrt(6 / (1 + len(weight) // module.num_heads))
     elif isinstance(module, AttentionScore) and attribute == "gain":
@@ -663,6 +666,7 @@ INDEPENDENT = {
     "configuration_checks",
     "fast_paths",
     "generation_masks",
+    "label_schemes",
     "pointer_generator",
     "pooling",
     "recurrent_cache",
@@ -674,6 +678,8 @@ INDEPENDENT = {
 
 
 RUNNING = {
+    "crf",
+    "crf_operators",
     "packed_sequences",
     "deferred_logits",
     "gru_function",
@@ -698,7 +704,7 @@ def test_imports_run_one_way(path):
     modules = relative_imports(path, at_import_only=True)
     late = relative_imports(path) - modules
     if path.stem.startswith("configuration_"):
-        assert modules <= {"configuration_checks"}
+        assert modules <= {"configuration_checks", "label_schemes"}
         assert late <= {"recurrent_cells", "attention"}
         # Reading a configuration needs no torch.
         for node, _ in import_nodes(path):

@@ -142,6 +142,8 @@ def test_fields_and_their_defaults():
             "pooling_heads": 1,
             "pooling_attention_size": None,
             "use_crf": False,
+            "crf_constraints": "auto",
+            "id2intent": None,
             "tie_word_embeddings": False,
         },
         RNNSeq2SeqConfig: common
@@ -270,7 +272,11 @@ MISTAKES = {
         ("pooling_attention_size", 0, "at least 1"),
         ("pooling_attention_size", 1.5, "int"),
         ("classifier_dropout", 2, "[0, 1)"),
-        ("use_crf", True, "False"),
+        ("use_crf", 1, "bool"),
+        ("crf_constraints", "iob1", "['auto', 'bilou', 'bio', 'bioes', 'iob2', 'iobes', 'none']"),
+        ("crf_constraints", None, "str"),
+        ("id2intent", {}, "0, 1, 2, ..."),
+        ("id2intent", {1: "ask"}, "0, 1, 2, ..."),
     ],
     RNNSeq2SeqConfig: [
         ("encoder_layers", 0, "at least 1"),
