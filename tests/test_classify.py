@@ -318,7 +318,9 @@ def test_classes(tmp_path):
     vectors = write(tmp_path / "vectors.txt", "leaf 1 1 1 1 1 1 1 1\nsea -1 -1 -1 -1 -1 -1 -1 -1\n")
     files = {"train_file": train, "validation_file": dev, "predict_file": new, "vectors_file": vectors}
     out = tmp_path / "out"
-    output = run("classify.py", out, **files, pooling="attention", report_recall_of="red", **TINY)
+    output = run(
+        "classify.py", out, **files, pooling="attention", report_recall_of="red", **TINY | {"num_train_epochs": 5}
+    )
     assert "2 of 15 tokens have a vector of 8 numbers" in output
     assert "Every text gets one of 3 classes." in output
     scores = scores_of(out)
@@ -353,7 +355,7 @@ def test_labels(tmp_path):
         rows.append((colours, " ".join(words)))
     lists = write(tmp_path / "lists.jsonl", jsonl({"text": text, "label": labels} for labels, text in rows))
     joined = write(tmp_path / "joined.tsv", table([("|".join(labels), text) for labels, text in rows]))
-    options = TINY | {"num_train_epochs": 8, "embedding_dropout": 0, "classifier_dropout": 0.1}
+    options = TINY | {"num_train_epochs": 12, "embedding_dropout": 0, "classifier_dropout": 0.1}
     run("classify.py", tmp_path / "lists", train_file=lists, **options)
     output = run(
         "classify.py", tmp_path / "joined", train_file=joined, label_separator="|", predict_file=joined, **options
@@ -451,3 +453,26 @@ def test_a_resumed_run(tmp_path):
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
+
+
+def test_vectors_from_a_model(tmp_path, capsys):
+    """Words of one token get its embedding, others the mean of their parts', moved and stretched; and they are read."""
+    import vectors_from_model
+    from hf_rnn.training import read_word_vectors
+
+    tokenizer = train_word_tokenizer(["the red rose"], 100)
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = RNNForCausalLM(RNNConfig(vocab_size=len(tokenizer), hidden_size=6))
+    model.save_pretrained(tmp_path / "model")
+    texts = write(tmp_path / "texts.tsv", "The red red rose\nThe unknown\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["x", str(tmp_path / "model"), str(tmp_path / "v.txt"), "--texts", str(texts)])
+        vectors_from_model.main()
+    assert "3 of 4 words have a vector of 6 numbers" in capsys.readouterr().out
+    embeddings = model.get_input_embeddings().weight.detach()
+    embeddings = embeddings - embeddings.mean(0)
+    embeddings = 0.3 * embeddings / embeddings.std()
+    vectors = read_word_vectors(tmp_path / "v.txt", ["red", "rose", "the", "unknown"])
+    assert vectors.found.tolist() == [True, True, True, False]
+    ids = tokenizer.convert_tokens_to_ids(["red", "rose", "the"])
+    torch.testing.assert_close(vectors.vectors[:3], embeddings[ids], rtol=0, atol=1e-4)
