@@ -7,19 +7,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_rnn import RNNConfig, RNNForCausalLM, RNNForMaskedLM
 
 
-pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
 import classify
 import labelled_texts
 from classification_metrics import confusion_matrix, score_classes, score_labels, score_numbers
-from labelled_texts import Columns, find_problem_type, label_names, label_of, read_texts
+from labelled_texts import Columns, find_problem_type, label_names, label_of, read_texts, texts_from_hub
 from subword_tokenizer import train_word_tokenizer
 from test_examples import run
 from test_examples_data import jsonl, write
@@ -112,6 +112,29 @@ def test_bad_files(tmp_path, name, content, problem):
 def test_bad_lines_can_be_skipped(tmp_path):
     path = write(tmp_path / "a.tsv", "label\ttext\na\tb\nc\na\t\nd\te\n")
     assert [row.text for row in read_texts(str(path), COLUMNS, skip_bad_lines=True)["train"]] == ["b", "e"]
+
+
+def test_data_sets_of_the_hub(tmp_path, monkeypatch):
+    """A folder as a data set; classes by their names, one or several; what is missing is named."""
+    write(
+        tmp_path / "train.jsonl", jsonl([{"text": " x ", "label": "a", "id": 7}, {"text": " ", "label": "b", "id": 8}])
+    )
+    rows = texts_from_hub(str(tmp_path), None, "train", COLUMNS)
+    assert [(row.text, row.label, row.row_id, row.line) for row in rows] == [("x", "a", 7, 1)]
+    with pytest.raises(DataError, match="has no split 'test'"):
+        texts_from_hub(str(tmp_path), None, "test", COLUMNS)
+    with pytest.raises(DataError, match="no column 'sentence', only"):
+        texts_from_hub(str(tmp_path), None, "train", COLUMNS._replace(text="sentence"))
+    names = ClassLabel(names=["no", "yes"])
+    for feature, labels, expected in (
+        (names, [1, 0], ["yes", "no"]),
+        (Sequence(names), [[0, 1], []], [["no", "yes"], []]),
+        (Value("float32"), [0.5, 1], [0.5, 1.0]),
+    ):
+        features = Features({"text": Value("string"), "label": feature})
+        dataset = Dataset.from_dict({"text": ["x", "y"], "label": labels}, features=features)
+        monkeypatch.setattr(labelled_texts, "load_hub_split", lambda *arguments, dataset=dataset: dataset)
+        assert [row.label for row in texts_from_hub("name", None, "train", COLUMNS)] == expected
 
 
 def rows_of(labels) -> list[labelled_texts.LabelledText]:
