@@ -559,11 +559,24 @@ def draw_attention(
 ) -> None:
     """A picture of the tokens that the model goes by in some texts."""
     texts = [text for text in texts if tokenizer(text)["input_ids"]][:10]
-    inputs = tokenizer(texts, truncation=True, max_length=min(100, max_length), padding=True, return_tensors="pt")
+    inputs = tokenizer(
+        texts,
+        truncation=True,
+        max_length=min(100, max_length),
+        padding=True,
+        return_tensors="pt",
+        return_offsets_mapping=True,
+    )
+    offsets = inputs.pop("offset_mapping")
     outputs = model(**inputs.to(model.device), output_attentions=True)
+    # As they stand in the text, unknown words too; what stands for nothing in it by its name.
     tokens = [
-        [tokenizer.decode([index]) for index in row[mask.bool()].tolist()]
-        for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        [
+            text[start:end].strip() or tokenizer.decode([index])
+            for index, (start, end), is_token in zip(ids.tolist(), places.tolist(), mask.tolist(), strict=True)
+            if is_token
+        ]
+        for text, ids, places, mask in zip(texts, inputs["input_ids"], offsets, inputs["attention_mask"], strict=True)
     ]
     weights = [row[..., mask.bool()] for row, mask in zip(outputs.attentions[0], inputs["attention_mask"], strict=True)]
     said = [

@@ -7,19 +7,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_rnn import RNNConfig, RNNForCausalLM, RNNForMaskedLM
 
 
-pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
 import classify
 import labelled_texts
 from classification_metrics import confusion_matrix, score_classes, score_labels, score_numbers
-from labelled_texts import Columns, find_problem_type, label_names, label_of, read_texts
+from labelled_texts import Columns, find_problem_type, label_names, label_of, read_texts, texts_from_hub
 from subword_tokenizer import train_word_tokenizer
 from test_examples import run
 from test_examples_data import jsonl, write
@@ -112,6 +112,29 @@ def test_bad_files(tmp_path, name, content, problem):
 def test_bad_lines_can_be_skipped(tmp_path):
     path = write(tmp_path / "a.tsv", "label\ttext\na\tb\nc\na\t\nd\te\n")
     assert [row.text for row in read_texts(str(path), COLUMNS, skip_bad_lines=True)["train"]] == ["b", "e"]
+
+
+def test_data_sets_of_the_hub(tmp_path, monkeypatch):
+    """A folder as a data set; classes by their names, one or several; what is missing is named."""
+    write(
+        tmp_path / "train.jsonl", jsonl([{"text": " x ", "label": "a", "id": 7}, {"text": " ", "label": "b", "id": 8}])
+    )
+    rows = texts_from_hub(str(tmp_path), None, "train", COLUMNS)
+    assert [(row.text, row.label, row.row_id, row.line) for row in rows] == [("x", "a", 7, 1)]
+    with pytest.raises(DataError, match="has no split 'test'"):
+        texts_from_hub(str(tmp_path), None, "test", COLUMNS)
+    with pytest.raises(DataError, match="no column 'sentence', only"):
+        texts_from_hub(str(tmp_path), None, "train", COLUMNS._replace(text="sentence"))
+    names = ClassLabel(names=["no", "yes"])
+    for feature, labels, expected in (
+        (names, [1, 0], ["yes", "no"]),
+        (Sequence(names), [[0, 1], []], [["no", "yes"], []]),
+        (Value("float32"), [0.5, 1], [0.5, 1.0]),
+    ):
+        features = Features({"text": Value("string"), "label": feature})
+        dataset = Dataset.from_dict({"text": ["x", "y"], "label": labels}, features=features)
+        monkeypatch.setattr(labelled_texts, "load_hub_split", lambda *arguments, dataset=dataset: dataset)
+        assert [row.label for row in texts_from_hub("name", None, "train", COLUMNS)] == expected
 
 
 def rows_of(labels) -> list[labelled_texts.LabelledText]:
@@ -318,7 +341,9 @@ def test_classes(tmp_path):
     vectors = write(tmp_path / "vectors.txt", "leaf 1 1 1 1 1 1 1 1\nsea -1 -1 -1 -1 -1 -1 -1 -1\n")
     files = {"train_file": train, "validation_file": dev, "predict_file": new, "vectors_file": vectors}
     out = tmp_path / "out"
-    output = run("classify.py", out, **files, pooling="attention", report_recall_of="red", **TINY)
+    output = run(
+        "classify.py", out, **files, pooling="attention", report_recall_of="red", **TINY | {"num_train_epochs": 5}
+    )
     assert "2 of 15 tokens have a vector of 8 numbers" in output
     assert "Every text gets one of 3 classes." in output
     scores = scores_of(out)
@@ -353,7 +378,7 @@ def test_labels(tmp_path):
         rows.append((colours, " ".join(words)))
     lists = write(tmp_path / "lists.jsonl", jsonl({"text": text, "label": labels} for labels, text in rows))
     joined = write(tmp_path / "joined.tsv", table([("|".join(labels), text) for labels, text in rows]))
-    options = TINY | {"num_train_epochs": 8, "embedding_dropout": 0, "classifier_dropout": 0.1}
+    options = TINY | {"num_train_epochs": 12, "embedding_dropout": 0, "classifier_dropout": 0.1}
     run("classify.py", tmp_path / "lists", train_file=lists, **options)
     output = run(
         "classify.py", tmp_path / "joined", train_file=joined, label_separator="|", predict_file=joined, **options
@@ -451,3 +476,26 @@ def test_a_resumed_run(tmp_path):
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
+
+
+def test_vectors_from_a_model(tmp_path, capsys):
+    """Words of one token get its embedding, others the mean of their parts', moved and stretched; and they are read."""
+    import vectors_from_model
+    from hf_rnn.training import read_word_vectors
+
+    tokenizer = train_word_tokenizer(["the red rose"], 100)
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = RNNForCausalLM(RNNConfig(vocab_size=len(tokenizer), hidden_size=6))
+    model.save_pretrained(tmp_path / "model")
+    texts = write(tmp_path / "texts.tsv", "The red red rose\nThe unknown\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["x", str(tmp_path / "model"), str(tmp_path / "v.txt"), "--texts", str(texts)])
+        vectors_from_model.main()
+    assert "3 of 4 words have a vector of 6 numbers" in capsys.readouterr().out
+    embeddings = model.get_input_embeddings().weight.detach()
+    embeddings = embeddings - embeddings.mean(0)
+    embeddings = 0.3 * embeddings / embeddings.std()
+    vectors = read_word_vectors(tmp_path / "v.txt", ["red", "rose", "the", "unknown"])
+    assert vectors.found.tolist() == [True, True, True, False]
+    ids = tokenizer.convert_tokens_to_ids(["red", "rose", "the"])
+    torch.testing.assert_close(vectors.vectors[:3], embeddings[ids], rtol=0, atol=1e-4)

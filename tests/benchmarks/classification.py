@@ -3,11 +3,12 @@ Classifying sentences against transformers of known sizes, and long texts in lit
 measures a saved classifier on the texts of a file, and transformers with random weights on as many tokens.
 
 Usage: python tests/benchmarks/classification.py --model FOLDER --file TEXTS.tsv [--text_column text]
-                                                 [--threads N] [--rounds N] [--samples N]
+                                                 [--rounds N] [--samples N]
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,7 +163,10 @@ def long_text_growth(settings: Settings) -> Measurement:
 
 
 def measure_checkpoint(folder: str, path: str, text_column: str, samples: int, settings: Settings) -> None:
-    """Prints microseconds for a sentence of a file, of a saved classifier and of transformers with as many tokens."""
+    """
+    Prints microseconds of processor time for a sentence of a file, of a saved classifier and of transformers that read
+    as many tokens, on one core. What else the machine does is left out.
+    """
     from labelled_texts import Columns, read_texts
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -170,7 +174,7 @@ def measure_checkpoint(folder: str, path: str, text_column: str, samples: int, s
     rows = read_texts(path, Columns(text_column, "label", "id"), needs_label=False)["train"]
     texts = [rows[index].text for index in torch.randperm(len(rows))[:samples].tolist()]
     ids = [row for row in tokenizer(texts, truncation=True)["input_ids"] if row]
-    print(f"{len(ids)} texts of {sum(map(len, ids)) / len(ids):.1f} tokens on average, {settings.threads} threads")
+    print(f"{len(ids)} texts of {sum(map(len, ids)) / len(ids):.1f} tokens on average, one core")
     print("| model | parameters | batch | microseconds a text | spread |\n| --- | ---: | ---: | ---: | ---: |")
     models = {Path(folder).name: model}
     models |= {name: make_transformer(name, model.config.num_labels) for name in TRANSFORMERS}
@@ -180,7 +184,9 @@ def measure_checkpoint(folder: str, path: str, text_column: str, samples: int, s
         for start in range(0, len(ids), batch_size):
             batch = tokenizer.pad({"input_ids": ids[start : start + batch_size]}, return_tensors="pt")
             batches.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
-        times = interleave({name: reader(other, batches) for name, other in models.items()}, settings)
+        times = interleave(
+            {name: reader(other, batches) for name, other in models.items()}, settings, clock=time.process_time
+        )
         for name, values in times.items():
             result = summarize([1e6 * value / len(ids) for value in values])
             size = sum(parameter.numel() for parameter in models[name].parameters())
@@ -193,12 +199,11 @@ def main() -> None:
     parser.add_argument("--file", required=True, help="tsv, csv or JSON lines with a column of texts")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    settings = Settings(options.threads, options.rounds)
+    settings = Settings(1, options.rounds)
     measure_checkpoint(options.model, options.file, options.text_column, options.samples, settings)
 
 

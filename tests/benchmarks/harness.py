@@ -101,22 +101,30 @@ def benchmark(name: str, compared: str, goals: dict[str, float | None], unit: st
 # Time ---------------------------------------------------------------------------------------------------------------
 
 
-def seconds(function: Callable[[], object], settings: Settings, calls: int = 1) -> float:
+def seconds(
+    function: Callable[[], object],
+    settings: Settings,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """The time of one of several calls."""
     synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         function()
     synchronize()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 SHORTEST = 0.02  # seconds: what is faster is called several times in each round
 
 
 def interleave(
-    variants: dict[str, Callable[[], object]], settings: Settings, rounds: int | None = None
+    variants: dict[str, Callable[[], object]],
+    settings: Settings,
+    rounds: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """
     The seconds that each variant takes in each round, in which all of them run, in random order.
@@ -125,6 +133,7 @@ def interleave(
         variants (`dict`): Functions by name. Each is called at least twice before.
         settings (`Settings`): The settings.
         rounds (`int`, *optional*): At most so many rounds, for what takes long.
+        clock: Tells the time; `time.process_time` leaves out what other processes do.
     """
     calls = {}
     for name, function in variants.items():
@@ -136,7 +145,7 @@ def interleave(
         if not settings.quick:
             gc.collect()
         for name in random.sample(list(variants), len(variants)):
-            times[name].append(seconds(variants[name], settings, calls[name]))
+            times[name].append(seconds(variants[name], settings, calls[name], clock))
     return times
 
 
