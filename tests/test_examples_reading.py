@@ -376,7 +376,7 @@ def test_an_answer_behind_the_first_window():
     assert len(windows) > 5
     assert windows[0].start == read.NO_ANSWER
     assert windows[-1].start > read.NO_ANSWER
-    logits = [logits_for(window, "rained", asked.context, 2.0) for window in windows]
+    logits = [logits_for(window, "rained", asked.context, 6.0) for window in windows]
     logits[-1] = logits_for(windows[-1], "Graz", asked.context, 9.0)
     assert choose_answers([asked], windows, logits, args, may_be_none=False) == ["Graz"]
     logits[-1] = logits_for(windows[-1], "Graz", asked.context, 1.0)
