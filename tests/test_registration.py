@@ -460,7 +460,8 @@ def test_hidden_states_and_attentions_of_a_translator(name):
         assert (weights.masked_select(~mask[:, None, None]) == 0).all()
         has_tokens = mask.any(1).double()[:, None, None].expand(weights.shape[:-1])
         torch.testing.assert_close(weights.sum(-1), has_tokens, rtol=0, atol=1e-12)
-        if config.attention_score != "local":  # which sees a window only
+        # The one sees a window only, and states of the other grow until a softmax saturates.
+        if config.attention_score != "local" and config.cell_type != "rnn_relu":
             assert (weights.masked_select(mask[:, None, None]) > 0).all()
 
 
