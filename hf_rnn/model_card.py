@@ -418,14 +418,24 @@ def facts_of(model: RecurrentPreTrainedModel) -> list[str]:
             f"{config.vocab_size:,} tokens with embeddings of {config.embedding_size} numbers"
             + (", tied to the output" if tied else "")
         )
+    if fields.get("word_encoder"):
+        facts.append(f"words: {config.word_encoder_size} numbers made of their tokens by `{config.word_encoder}`")
+        if config.word_vocab_size:
+            number, size = config.word_vocab_size, config.word_embedding_size
+            facts[-1] += f", and embeddings of {size} numbers for {number:,} of them, the unknown one included"
+    if getattr(model, "crf", None) is not None:
+        facts.append("labels are a chain: a conditional random field")
     if model._auto_class == "AutoModelForQuestionAnswering" and fields.get("question_attention"):
         facts.append(f"attention between question and text: `{config.question_attention}`")
-    if hasattr(model, "pooling"):
+    if getattr(model, "pooling", None) is not None:
         facts.append(f"a text becomes one vector by `{config.pooling}`")
     labels = list(config.id2label.values())
     if "Classification" in type(model).__name__ and labels != [f"LABEL_{index}" for index in range(len(labels))]:
         shown = ", ".join(f"`{label}`" for label in labels[:20])
         facts.append(f"labels: {shown}{', ...' if len(labels) > 20 else ''}")
+    if getattr(model, "intent_classifier", None) is not None:
+        shown = ", ".join(f"`{name}`" for name in list(config.id2intent.values())[:20])
+        facts.append(f"intents: {shown}{', ...' if config.num_intents > 20 else ''}")
     return facts
 
 

@@ -16,7 +16,7 @@ import hf_rnn
 from hf_rnn import REGISTRATION, create_model_card, save_model_card, set_card_details
 from hf_rnn.model_card import GENERATED_CARD, PIPELINE_TAGS, USES
 from hf_rnn.training_summary import write_cards
-from matrix import MODEL_CLASSES, make_model, options_of
+from matrix import INTENTS, MODEL_CLASSES, WORDS, make_model, options_of
 from word_tokenizer import make_tokenizer, snippets
 
 
@@ -67,6 +67,18 @@ def test_every_class_of_the_table():
             assert model_class._auto_class == auto_classes[0].__name__
             assert model_class._auto_class in PIPELINE_TAGS
             assert model_class._auto_class in USES
+
+
+def test_words_chains_and_intents():
+    """What makes words of tokens, how many are known, and that labels are a chain beside an intent."""
+    options = WORDS[0] | INTENTS | {"use_crf": True, "pooling": "mean"}
+    text = create_model_card(make_model("RNNForTokenClassification", **options)).text
+    assert "- words: 64 numbers made of their tokens by `cnn`, and embeddings of 4 numbers for 12 of them" in text
+    assert "- labels are a chain" in text
+    assert "- a text becomes one vector by `mean`" in text
+    assert "- intents: `ask`, `tell`, `greet`" in text
+    text = create_model_card(make_model("RNNForTokenClassification")).text
+    assert not any(word in text for word in ("words:", "chain", "one vector", "intents"))
 
 
 def test_what_the_configuration_says():
