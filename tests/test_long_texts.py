@@ -116,3 +116,15 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (NAME, {"word_encoder": "cnn", "first_continuation_id": 18}, "`word_encoder` must be None to read in chunks"),
+        ("RNNForTokenClassification", {"id2intent": {0: "a", 1: "b"}}, "`model` must be a sequence classifier"),
+    ],
+)
+def test_models_that_do_not_read_in_chunks(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        classify_in_chunks(make_model(name, **options), make_tokens(1, 4))
