@@ -539,9 +539,9 @@ class RNNForTokenClassification(PoolingHead):
     beside it:
 
     - In the chain are the tokens that are not padding, with `labels` those that have one: sub-words and special tokens
-      with the label -100 are skipped, and the tokens beside them follow each other. Without labels `chain_mask` says
-      which tokens have none; all have one where it is not given, which fits models whose labels for training cover all
-      tokens.
+      with the label -100 are skipped, and the tokens beside them follow each other. Without labels all tokens are in
+      the chain, unless a `chain_mask` says which are; a pipeline gives none, and a model for it is best trained with
+      labels for all tokens, O for special ones and the inside of a span for sub-words.
     - The logits are made for software that knows nothing of chains. The largest one at each token of the chain is that
       of the best path (Viterbi), so that `logits.argmax(-1)`, `pipeline("token-classification")` and the
       `compute_metrics` of a `Trainer` find it; they are the logarithms of the marginal probabilities of the labels,

@@ -28,7 +28,14 @@ from text_pairs import DataError
 
 
 COLUMNS = Columns("text", "label", "id")
-TINY = {"hidden_size": 8, "embedding_size": 8, "num_train_epochs": 2, "logging_steps": 5, "learning_rate": 0.02}
+TINY = {
+    "per_device_train_batch_size": 32,
+    "hidden_size": 8,
+    "embedding_size": 8,
+    "num_train_epochs": 2,
+    "logging_steps": 5,
+    "learning_rate": 0.02,
+}
 COLOURS = {"red": ["rose", "blood", "brick"], "green": ["leaf", "grass", "moss"], "blue": ["sky", "sea", "ink"]}
 
 

@@ -14,7 +14,14 @@ from torch.library import opcheck
 from transformers import AutoModelForTokenClassification, Trainer, pipeline
 
 from clients import SENTENCES, make_tokenizer, save_checkpoint
-from hf_rnn import RNNConfig, RNNForSequenceClassification, RNNForTokenClassification, loop_only, without_fast_paths
+from hf_rnn import (
+    RNNConfig,
+    RNNForSequenceClassification,
+    RNNForTokenClassification,
+    loop_only,
+    lora_target_parameters,
+    without_fast_paths,
+)
 from hf_rnn.crf import LinearChainCRF
 from hf_rnn.crf_operators import chain_best_paths, chain_sums, chain_sums_backward
 from hf_rnn.label_schemes import forbidden_steps
@@ -790,6 +797,25 @@ def test_save_and_load(tmp_path):
     free = AutoModelForTokenClassification.from_pretrained(tmp_path, crf_constraints="none")
     assert free.crf.forbidden is None
     assert not torch.equal(free(**inputs, attention_mask=mask).logits, expected.logits)
+
+
+def test_adapters_train_the_field():
+    """What an adapter keeps whole, `modules_to_save`, is the field and the classifiers; decoding goes through it."""
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+    model, inputs = make_model(NAME, dtype=torch.float32, **JOINT), make_inputs(NAME, options=JOINT)
+    before = model.decode(inputs["input_ids"]).paths
+    names = ["classifier", "crf", "intent_classifier"]
+    config = peft.LoraConfig(
+        target_modules=[], target_parameters=lora_target_parameters(model), modules_to_save=names, r=2
+    )
+    adapted = peft.get_peft_model(model, config)
+    assert torch.equal(adapted.eval().decode(inputs["input_ids"]).paths, before)
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=1.0)
+    adapted(**inputs).loss.backward()
+    optimizer.step()
+    field = adapted.base_model.model.crf
+    moved = field.modules_to_save["default"].transitions - field.original_module.transitions
+    assert moved.abs().max() > 1e-3
 
 
 # Intents.

@@ -621,6 +621,7 @@ def test_other_decoders_translate_in_onnx(options, tmp_path):
 EXPORTED_BY_TRANSFORMERS = [
     ("RNNForCausalLM", {}),
     ("RNNForTokenClassification", {"bidirectional": True, "cell_type": "gru"}),
+    ("RNNForTokenClassification", {"bidirectional": True, "use_crf": True}),
     pytest.param("RNNSeq2SeqForConditionalGeneration", {"decoder_type": "bahdanau"}, marks=pytest.mark.slow),
 ]
 
