@@ -11,7 +11,7 @@ from transformers import StaticCache
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, RNNConfig, RNNSeq2SeqConfig, loop_only
-from hf_rnn.configuration_rnn import POOLING_TYPES
+from hf_rnn.configuration_rnn import POOLING_TYPES, QUESTION_ATTENTIONS
 from hf_rnn.configuration_rnn_seq2seq import DECODER_TYPES
 from matrix import BOS, EOS, GENERATIVE, MODEL_CLASSES, PAD, VOCAB_SIZE
 
@@ -116,6 +116,8 @@ FIELDS = {
         "bidirectional": is_bool,
         "pooling": is_one_of(*POOLING_TYPES),
         "classifier_dropout": lambda value: value is None or is_dropout(value),
+        "question_attention": lambda value: value is None or is_one_of(*QUESTION_ATTENTIONS)(value),
+        "sep_token_id": is_token,
         "use_crf": lambda value: value is False,
     },
     RNNSeq2SeqConfig: SHARED_FIELDS
@@ -298,6 +300,8 @@ def models(draw, names):
             "bidirectional": name not in STATEFUL and draw(st.booleans()),
             "pooling": draw(st.sampled_from(POOLING_TYPES)),
         }
+        if name == "RNNForQuestionAnswering":
+            options["question_attention"] = draw(st.sampled_from([None, *QUESTION_ATTENTIONS]))
     return name, make_fuzzed_model(name, options)
 
 
@@ -372,7 +376,7 @@ def check_forward(case):
     """Outputs, hidden states, attentions and states of a batch are those of its rows, and all of them are finite."""
     name, model, inputs, keep, embeds = case
     given_inputs = dict(inputs)
-    if embeds:
+    if embeds and getattr(model.config, "question_attention", None) is None:
         for key in ("input_ids", "decoder_input_ids"):
             if key in inputs:
                 ids = given_inputs.pop(key)

@@ -102,6 +102,8 @@ MISTAKES = {
     "forget_gate_bias": [math.nan, math.inf, "x", None],
     "hidden_dropout": [1, -0.1, math.nan, math.inf, "x", None],
     "pooling": ["first", None, 1],
+    "question_attention": ["bidaf", "", 1, ["flow"]],
+    "sep_token_id": [-1, 1.5, "sep", [2]],
     "bidirectional": [1, "yes", None],
     "tie_word_embeddings": ["yes", 1],
     "pad_token_id": [-1, 1.5, "pad", math.inf],
