@@ -84,13 +84,13 @@ class ModelArguments(RecurrenceArguments):
         default="flow", metadata={"help": "none, aligned (as in DrQA) or flow (as in BiDAF)."}
     )
     embedding_size: int | None = field(default=128, metadata={"help": "Width of embeddings; null for hidden_size."})
-    hidden_size: int = field(default=96, metadata={"help": "Width of the hidden state, per direction."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the hidden state, per direction."})
     num_hidden_layers: int = field(default=1, metadata={"help": "Recurrent layers below the attention."})
     bidirectional: bool = field(default=True, metadata={"help": "Whether the layers read both ways."})
-    embedding_dropout: float = field(default=0.3, metadata={"help": "Dropout on the embeddings."})
+    embedding_dropout: float = field(default=0.4, metadata={"help": "Dropout on the embeddings."})
     hidden_dropout: float = field(default=0.3, metadata={"help": "Dropout between layers."})
     output_dropout: float = field(default=0.3, metadata={"help": "Dropout on the output of the last layer."})
-    classifier_dropout: float = field(default=0.3, metadata={"help": "Dropout before the logits."})
+    classifier_dropout: float = field(default=0.2, metadata={"help": "Dropout before the logits."})
 
 
 @dataclass
@@ -113,7 +113,7 @@ class DataArguments:
     tokenizer_level: str = field(default="subwords", metadata={"help": "subwords or characters, for a new tokenizer."})
     vocab_size: int = field(default=8000, metadata={"help": "Tokens of a new tokenizer of subwords."})
     normalization: str | None = field(
-        default="lowercase", metadata={"help": "nfc, nfkc, lowercase, or null: what a new tokenizer does to text."}
+        default="nfc", metadata={"help": "nfc, nfkc, lowercase, or null: what a new tokenizer does to text."}
     )
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window, question included."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens of the text that neighbouring windows share."})
@@ -153,7 +153,7 @@ class ReaderTrainingArguments(MixedPrecisionArguments, TrainingArguments):
     do_predict: bool = field(default=True, metadata={"help": "Whether to answer the test data at the end."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Windows per step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Windows per evaluation batch."})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training data."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})

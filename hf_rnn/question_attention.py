@@ -5,6 +5,7 @@ Imports the layer and the padding.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .recurrent_layer import RecurrentLayer
 from .recurrent_padding import Padding
@@ -217,7 +218,8 @@ class FlowSpans(nn.Module):
         scores = scores + self.context_score(hidden_states) + self.question_score(asked).transpose(1, 2)
         is_question = layout.question.unsqueeze(1)
         to_question = masked_softmax(scores, is_question) @ asked.to(scores.dtype)
-        best = scores.masked_fill(~is_question, torch.finfo(scores.dtype).min).amax(2)  # [batch, seq]
+        lowest = torch.finfo(scores.dtype).min
+        best = F.pad(scores.masked_fill(~is_question, lowest), (0, 1), value=lowest).amax(2)  # [batch, seq]
         to_context = masked_softmax(best, layout.passage).unsqueeze(1) @ hidden_states.to(scores.dtype)
         to_context = to_context * is_question.any(2, keepdim=True)
         parts = [hidden_states, to_question, hidden_states * to_question, hidden_states * to_context]

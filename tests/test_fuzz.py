@@ -11,9 +11,9 @@ from transformers import StaticCache
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, RNNConfig, RNNSeq2SeqConfig, loop_only
-from hf_rnn.configuration_rnn import POOLING_TYPES
+from hf_rnn.configuration_rnn import POOLING_TYPES, QUESTION_ATTENTIONS
 from hf_rnn.configuration_rnn_seq2seq import DECODER_TYPES
-from matrix import BOS, EOS, GENERATIVE, MODEL_CLASSES, PAD, VOCAB_SIZE
+from matrix import BOS, EOS, GENERATIVE, LANGUAGE_MODELS, MODEL_CLASSES, PAD, VOCAB_SIZE, WORDS
 
 
 SEQ2SEQ = [name for name, (config_class, _) in MODEL_CLASSES.items() if config_class is RNNSeq2SeqConfig]
@@ -127,6 +127,15 @@ FIELDS = {
         "use_crf": is_bool,
         "crf_constraints": is_one_of("auto", "none", "bio", "iob2", "bioes", "iobes", "bilou"),
         "id2intent": lambda value: value is None or (isinstance(value, dict) and is_names(value)),
+        "question_attention": lambda value: value is None or is_one_of(*QUESTION_ATTENTIONS)(value),
+        "sep_token_id": is_token,
+        "word_encoder": lambda value: value is None or is_one_of("cnn", *RECURRENT_CELLS)(value),
+        "first_continuation_id": is_token,
+        "word_encoder_size": is_size,
+        "word_encoder_width": is_size,
+        "word_vocab_size": lambda value: is_int(value, 0, 2**31 - 1),
+        "word_embedding_size": lambda value: value is None or is_size(value),
+        "word_dropout": is_dropout,
     },
     RNNSeq2SeqConfig: SHARED_FIELDS
     | {
@@ -200,6 +209,11 @@ def lacks_unknown_token(value_of):
     return value_of["pointer_generator"] if unknown is None else unknown >= value_of["vocab_size"]
 
 
+def uses(field, value):
+    """Whether a field of words is used where there are none."""
+    return lambda of: of["word_encoder"] is None and of[field] != value
+
+
 # Fields of which each may be right by itself, how they do not fit together, and which of them is named then.
 MISFITS = [
     (
@@ -231,6 +245,29 @@ MISFITS = [
         ["pooling", "pooling_attention_size"],
         lambda of: of["pooling"] != "attention" and of["pooling_attention_size"] is not None,
         "pooling_attention_size",
+    ),
+    (["word_encoder", "first_continuation_id"], uses("first_continuation_id", None), "first_continuation_id"),
+    (
+        ["word_encoder", "first_continuation_id"],
+        lambda of: of["word_encoder"] is not None and of["first_continuation_id"] is None,
+        "first_continuation_id",
+    ),
+    (["word_encoder", "word_vocab_size"], uses("word_vocab_size", 0), "word_vocab_size"),
+    (
+        ["word_encoder", "word_encoder_width"],
+        lambda of: of["word_encoder"] == "cnn" and of["word_encoder_width"] % 2 == 0,
+        "word_encoder_width",
+    ),
+    (
+        ["word_encoder", "word_encoder_size"],
+        lambda of: of["word_encoder"] not in (None, "cnn") and of["word_encoder_size"] % 2 == 1,
+        "word_encoder_size",
+    ),
+    (["word_vocab_size"], lambda of: of["word_vocab_size"] == 1, "word_vocab_size"),
+    (
+        ["word_encoder", "question_attention"],
+        lambda of: of["word_encoder"] is not None and of["question_attention"] is not None,
+        "question_attention",
     ),
     (["unk_token_id", "pointer_generator", "vocab_size"], lacks_unknown_token, "unk_token_id"),
     (
@@ -328,9 +365,13 @@ def models(draw, names):
             "id2label": draw(st.sampled_from([None, {0: "O", 1: "B-A", 2: "I-A"}])),
             "id2intent": draw(st.sampled_from([None, {0: "ask", 1: "tell"}])),
         }
+        if name not in (*LANGUAGE_MODELS, *STATEFUL) and draw(st.booleans()):
+            options |= draw(st.sampled_from(WORDS))
         if options["pooling"] == "attention":
             options["pooling_heads"] = draw(st.integers(1, 3))
             options["pooling_attention_size"] = draw(st.none() | st.integers(1, 5))
+        if name == "RNNForQuestionAnswering" and "word_encoder" not in options:
+            options["question_attention"] = draw(st.sampled_from([None, *QUESTION_ATTENTIONS]))
     return name, make_fuzzed_model(name, options)
 
 
@@ -405,7 +446,8 @@ def check_forward(case):
     """Outputs, hidden states, attentions and states of a batch are those of its rows, and all of them are finite."""
     name, model, inputs, keep, embeds = case
     given_inputs = dict(inputs)
-    if embeds:
+    needs_ids = any(getattr(model.config, field, None) for field in ("question_attention", "word_encoder"))
+    if embeds and not needs_ids:
         for key in ("input_ids", "decoder_input_ids"):
             if key in inputs:
                 ids = given_inputs.pop(key)

@@ -260,6 +260,15 @@ def test_rows_do_not_know_of_each_other(attention):
 
 
 @ATTENTIONS
+def test_rows_without_a_single_token(attention):
+    model = make_model(NAME, question_attention=attention, bidirectional=True)
+    outputs = model(make_tokens(3, 0), output_hidden_states=True)
+    assert outputs.start_logits.shape == outputs.end_logits.shape == (3, 0)
+    outputs = model(make_tokens(3, 4), attention_mask=torch.zeros(3, 4))
+    assert (logits_of(outputs) == torch.finfo(torch.float64).min).all()
+
+
+@ATTENTIONS
 def test_tokens_under_padding_say_nothing(attention):
     """Not even where they are separators or stand in the question."""
     model = make_model(NAME, question_attention=attention, bidirectional=True)
