@@ -244,7 +244,7 @@ class CharacterRecurrence(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, words: Words) -> torch.Tensor:
         """As [`CharacterConvolution.forward`]."""
-        if embeddings.shape[1] == 0:
+        if 0 in embeddings.shape[:2]:
             return embeddings.new_empty(*words.first.shape, self.layer.output_size)
         begins_behind = words.starts & (words.number > 0)
         if torch.onnx.is_in_onnx_export():

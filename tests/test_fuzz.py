@@ -304,8 +304,10 @@ def check_config(case):
             value = getattr(torch, value)
         if field == "id2intent" and value is not None:
             value = {int(key): name for key, name in value.items()}
-        if field == "embedding_size" and value is None:
+        if field in ("embedding_size", "word_embedding_size") and value is None:
             value = config.hidden_size
+        if field == "initializer_range" and value is None:
+            value = 2.5 / config.embedding_size**0.5
         assert getattr(config, field) == value
     assert config_class.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
