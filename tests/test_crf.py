@@ -350,8 +350,8 @@ def test_the_operators_are_what_they_say():
     crf, emissions = make_crf(), make_emissions(*MASK.shape, LABELS)
     scores = [parameter.detach().requires_grad_() for parameter in crf.parameters()]
     transposed = [scores[0].detach().t().requires_grad_(), *scores[1:]]
-    for starts, scores in itertools.product((None, STARTS), (scores, transposed)):
-        arguments = (emissions, MASK.sum(1), starts, *scores)
+    for starts, tables in itertools.product((None, STARTS), (scores, transposed)):
+        arguments = (emissions, MASK.sum(1), starts, *tables)
         opcheck(chain_sums, arguments)
         detached = [None if tensor is None else tensor.detach() for tensor in arguments]
         sums, _ = chain_sums(*detached)
