@@ -237,7 +237,8 @@ def chain_sums_backward(
     end: torch.Tensor,
 ) -> list[torch.Tensor]:
     """The gradients of `emissions`, `transitions`, `start` and `end` for those of what [`chain_sums`] returned."""
-    return run_sums_backward(grad_sums, sums, emissions, lengths, starts, transitions, start, end)
+    gradients = run_sums_backward(grad_sums, sums, emissions, lengths, starts, transitions, start, end)
+    return [gradient.contiguous() for gradient in gradients]
 
 
 @chain_sums_backward.register_fake

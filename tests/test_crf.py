@@ -349,8 +349,9 @@ def test_the_operators_are_what_they_say():
     """Schema, shapes, gradients: what a compiler assumes of them."""
     crf, emissions = make_crf(), make_emissions(*MASK.shape, LABELS)
     scores = [parameter.detach().requires_grad_() for parameter in crf.parameters()]
-    for starts in (None, STARTS):
-        arguments = (emissions, MASK.sum(1), starts, *scores)
+    transposed = [scores[0].detach().t().requires_grad_(), *scores[1:]]
+    for starts, tables in itertools.product((None, STARTS), (scores, transposed)):
+        arguments = (emissions, MASK.sum(1), starts, *tables)
         opcheck(chain_sums, arguments)
         detached = [None if tensor is None else tensor.detach() for tensor in arguments]
         sums, _ = chain_sums(*detached)
