@@ -118,7 +118,10 @@ class DataArguments:
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window, question included."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens of the text that neighbouring windows share."})
     max_question_length: int = field(default=64, metadata={"help": "Tokens after which a question is cut."})
-    max_answer_length: int = field(default=30, metadata={"help": "Tokens of the longest answer."})
+    max_answer_length: int = field(default=15, metadata={"help": "Tokens of the longest answer."})
+    align_to_words: bool = field(
+        default=True, metadata={"help": "Answer in whole words, as far as the tokenizer tells what they are."}
+    )
     null_threshold: float = field(
         default=0.0,
         metadata={"help": "How much likelier than the best answer none has to be (logarithm), to be the answer."},
@@ -176,12 +179,14 @@ class ReaderTrainingArguments(MixedPrecisionArguments, TrainingArguments):
 class Window:
     """
     Part of a text beside a question. `offsets` say where in the text each token stands; None at all other tokens.
-    `start` and `end` are the positions of the answer's first and last token, `NO_ANSWER` where it is not in the window.
+    `spans` say the same of the word to which a token belongs, where answers consist of whole words. `start` and `end`
+    are the positions of the answer's first and last token, `NO_ANSWER` where it is not in the window.
     """
 
     question: int  # its index
     input_ids: list[int]
     offsets: list[tuple[int, int] | None]
+    spans: list[tuple[int, int] | None]
     start: int = NO_ANSWER
     end: int = NO_ANSWER
 
@@ -253,7 +258,8 @@ def make_windows(
     for index, (input_ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
         parts = encoded.sequence_ids(index)
         places = [tuple(place) if part == 1 else None for place, part in zip(offsets, parts, strict=True)]
-        window = Window(encoded["overflow_to_sample_mapping"][index], input_ids, places)
+        spans = whole_words(places, encoded.word_ids(index)) if args.align_to_words else places
+        window = Window(encoded["overflow_to_sample_mapping"][index], input_ids, places, spans)
         answer = questions[window.question].usual_answer
         if answer is not None:
             text, begin = answer
@@ -264,6 +270,16 @@ def make_windows(
                 window.start, window.end = first, last
         windows.append(window)
     return windows
+
+
+def whole_words(offsets: Sequence[tuple[int, int] | None], words: Sequence[int | None]) -> list[tuple[int, int] | None]:
+    """For each token of the text where its word begins and ends."""
+    begins, ends = {}, {}
+    for place, word in zip(offsets, words, strict=True):
+        if place is not None:
+            begins.setdefault(word, place[0])
+            ends[word] = place[1]
+    return [place and (begins[word], ends[word]) for place, word in zip(offsets, words, strict=True)]
 
 
 def cut(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
@@ -322,7 +338,7 @@ def best_span(
     scores = starts[:, None] + padded.unfold(0, width, 1)  # [first token, length - 1]
     best = int(scores.argmax())
     first, last = best // width, best // width + best % width
-    return scores.flatten()[best].item(), (window.offsets[places[first]][0], window.offsets[places[last]][1]), none
+    return scores.flatten()[best].item(), (window.spans[places[first]][0], window.spans[places[last]][1]), none
 
 
 def choose_answers(
@@ -452,7 +468,7 @@ def show_answers(
             max_question_len=data_args.max_question_length,
             max_answer_len=data_args.max_answer_length,
             handle_impossible_answer=has_unanswerable(questions),
-            align_to_words=False,
+            align_to_words=data_args.align_to_words,
         )
         right = " | ".join(dict.fromkeys(question.texts)) or "(none)"
         say(f"\nquestion  {question.question}\nanswer    {found['answer'] or '(none)'}\nright     {right}")

@@ -337,7 +337,7 @@ def test_the_best_span_is_the_best_of_all():
     """Against a look at every span, with tokens of no width and of the question in between, and padding."""
     generator = torch.Generator().manual_seed(0)
     offsets = [None, None, (0, 4), (4, 10), (10, 10), (10, 13), (13, 17), None, (17, 21)]
-    window = Window(0, list(range(len(offsets))), offsets)
+    window = Window(0, list(range(len(offsets))), offsets, offsets)
     places = [i for i, place in enumerate(offsets) if place and place[0] < place[1]]
     for max_length in (1, 2, 3, 30):
         for _ in range(20):
@@ -353,7 +353,18 @@ def test_the_best_span_is_the_best_of_all():
             assert span == max(candidates, key=candidates.get)
             assert score == pytest.approx(candidates[span])
             assert none == pytest.approx(log_starts[0] + log_ends[0])
-    assert best_span(Window(0, [1, 2], [None, None]), *torch.zeros(2, 2), 5) == (-math.inf, None, 0.0)
+    assert best_span(Window(0, [1, 2], [None, None], [None, None]), *torch.zeros(2, 2), 5) == (-math.inf, None, 0.0)
+
+
+def test_answers_of_whole_words():
+    """A token in the middle of a word answers with the word, if asked to."""
+    asked = question("Where does she live?", "Graz")
+    tokenizer = train_subword_tokenizer(["Anna"], 260, "nfc")  # bytes
+    for align, expected in [(True, "Graz"), (False, "raz")]:
+        args = DataArguments(align_to_words=align)
+        (window,) = make_windows([asked], tokenizer, args)
+        logits = logits_for(window, "raz", CONTEXT, 9.0)
+        assert choose_answers([asked], [window], [logits], args, may_be_none=False) == [expected]
 
 
 def logits_for(window: Window, text: str, context: str, height: float):
@@ -461,8 +472,6 @@ def test_script(tmp_path):
     found = reader(
         [{"question": one.question, "context": one.context} for one in asked],
         handle_impossible_answer=True,
-        max_answer_len=30,
-        align_to_words=False,
     )
     assert [answer["answer"] for answer in found] == [row["answer"] for row in rows]
 
