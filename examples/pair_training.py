@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,11 @@ from training_helpers import (
     say,
 )
 
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 DEFAULT_DATA = Path(__file__).parent / "data"
 Pairs = list[tuple[str, str]]
@@ -378,10 +385,19 @@ def generate_texts(
 
 def train(trainer: Seq2SeqTrainer, stop: StopOnSignal, checkpoint: str | None, args: PairTrainingArguments) -> bool:
     """Trains, and averages checkpoints if asked to. Returns whether training came to its end."""
+    computing = time.process_time()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if stop.requested:
         report_stop(trainer)
         return False
+    if checkpoint is None:
+        # Of all threads of this process, with the evaluations in between; other programs on the machine do not count.
+        result.metrics["train_processor_seconds"] = round(time.process_time() - computing, 2)
+        result.metrics["train_tokens"] = round(sum(trainer.train_dataset["length"]) * trainer.state.epoch)
+    result.metrics["parameters"] = trainer.model.num_parameters()
+    if resource is not None:
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+        result.metrics["peak_mebibytes"] = round(kibibytes / 1024, 1)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
