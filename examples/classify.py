@@ -64,6 +64,7 @@ from labelled_texts import (
 from subword_tokenizer import train_character_tokenizer, train_subword_tokenizer, train_word_tokenizer
 from text_pairs import DataError
 from training_helpers import (
+    GroupedTrainingArguments,
     RecurrenceArguments,
     SeedSamplerByEpoch,
     StopOnSignal,
@@ -179,44 +180,19 @@ class DataArguments:
 
 
 @dataclass
-class ClassificationTrainingArguments(TrainingArguments):
+class ClassificationTrainingArguments(GroupedTrainingArguments, TrainingArguments):
     """`TrainingArguments` with defaults for a small recurrent classifier on a CPU."""
 
     output_dir: str | None = field(default="outputs/classifier", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a folder that is not empty."})
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to score the validation data after training."})
-    do_predict: bool = field(default=True, metadata={"help": "Whether to judge the test data at the end."})
+    bf16: bool = field(default=False, metadata={"help": "Mixed precision."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Texts per evaluation batch."})
     num_train_epochs: float = field(default=12.0, metadata={"help": "Passes over the training data."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing, of classes."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length, random, sequential or batch_rebalance."}
-    )
     logging_steps: float = field(default=100, metadata={"help": "Steps between two lines of the log."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to score the validation data."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint."})
     metric_for_best_model: str | None = field(
         default="auto", metadata={"help": "What best means; auto: accuracy, micro_f1, or the loss of numbers."}
     )
-    average_checkpoints: int = field(
-        default=1, metadata={"help": "The final model is the mean of this many last checkpoints."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave as it is: the sampler needs `length`."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.average_checkpoints > 1 and self.save_total_limit is not None:
-            # One more for the best checkpoint, one for a Ctrl-C.
-            self.save_total_limit = max(self.save_total_limit, self.average_checkpoints + 2)
 
 
 Arguments = tuple[ModelArguments, DataArguments, ClassificationTrainingArguments]

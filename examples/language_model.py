@@ -38,8 +38,8 @@ from hf_rnn import RNNConfig
 from subword_tokenizer import train_character_tokenizer, train_subword_tokenizer
 from text_pairs import read_text
 from training_helpers import (
-    MixedPrecisionArguments,
     RecurrenceArguments,
+    ScriptTrainingArguments,
     StopOnSignal,
     UsageError,
     checkpoint_to_resume,
@@ -103,27 +103,14 @@ class SamplingArguments:
 
 
 @dataclass
-class LanguageModelTrainingArguments(MixedPrecisionArguments, TrainingArguments):
+class LanguageModelTrainingArguments(ScriptTrainingArguments, TrainingArguments):
     """`TrainingArguments` with defaults for a small recurrent language model on a CPU."""
 
     output_dir: str | None = field(default="outputs/language-model", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a folder that is not empty."})
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to score the validation text after training."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Blocks per step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Blocks per evaluation batch."})
     num_train_epochs: float = field(default=8.0, metadata={"help": "Passes over the training text."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to score the validation text."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps the loss, not the logits."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
 
 
 def load_texts(args: DataArguments, training: bool) -> dict[str, str]:

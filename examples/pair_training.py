@@ -29,7 +29,7 @@ from transformers import (
 from hf_rnn import RNNSeq2SeqConfig
 from text_pairs import DataError, pairs_from_hub, read_pairs
 from training_helpers import (
-    MixedPrecisionArguments,
+    GroupedTrainingArguments,
     RecurrenceArguments,
     SeedSamplerByEpoch,
     StopOnSignal,
@@ -132,32 +132,17 @@ class GenerationArguments:
 
 
 @dataclass
-class PairTrainingArguments(MixedPrecisionArguments, Seq2SeqTrainingArguments):
+class PairTrainingArguments(GroupedTrainingArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with defaults for a small recurrent translator on a CPU."""
 
     output_dir: str | None = field(default="outputs/translator", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a folder that is not empty."})
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to score the validation data after training."})
-    do_predict: bool = field(default=True, metadata={"help": "Whether to translate the test data at the end."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Sentence pairs per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Sentences per evaluation batch."})
     num_train_epochs: float = field(
         default=3.0 if prefers_bf16() or torch.accelerator.is_available() else 2.0,
         metadata={"help": "Passes over the training data; by default 3, or 2 on a CPU that is not made for bfloat16."},
     )
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length, random, sequential or batch_rebalance."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to score the validation data."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint."})
     metric_for_best_model: str | None = field(default="bleu", metadata={"help": "What best means."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "For the metric."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Translate during evaluation, for BLEU."})
@@ -166,18 +151,6 @@ class PairTrainingArguments(MixedPrecisionArguments, Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "Any options of GenerationConfig: a JSON object, a JSON file, or a model's folder or name."},
     )
-    average_checkpoints: int = field(
-        default=1, metadata={"help": "The final model is the mean of this many last checkpoints."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave as it is: the sampler needs `length`."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.average_checkpoints > 1 and self.save_total_limit is not None:
-            # One more for the best checkpoint, one for a Ctrl-C.
-            self.save_total_limit = max(self.save_total_limit, self.average_checkpoints + 2)
 
 
 @dataclass

@@ -49,7 +49,7 @@ from span_scores import UNITS, score_answers
 from subword_tokenizer import train_character_tokenizer, train_subword_tokenizer
 from text_pairs import DataError
 from training_helpers import (
-    MixedPrecisionArguments,
+    GroupedTrainingArguments,
     RecurrenceArguments,
     SeedSamplerByEpoch,
     StopOnSignal,
@@ -57,7 +57,6 @@ from training_helpers import (
     checkpoint_to_resume,
     load_pretrained,
     parse_arguments,
-    report_stop,
     run_script,
     say,
 )
@@ -146,33 +145,15 @@ class DataArguments:
 
 
 @dataclass
-class ReaderTrainingArguments(MixedPrecisionArguments, TrainingArguments):
+class ReaderTrainingArguments(GroupedTrainingArguments, TrainingArguments):
     """`TrainingArguments` with defaults for a small recurrent reader on a CPU."""
 
     output_dir: str | None = field(default="outputs/reader", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a folder that is not empty."})
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to score the validation data after training."})
-    do_predict: bool = field(default=True, metadata={"help": "Whether to answer the test data at the end."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Windows per step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Windows per evaluation batch."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length, random, sequential or batch_rebalance."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to score the validation data."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint."})
     metric_for_best_model: str | None = field(default="f1", metadata={"help": "What best means."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "For the metric."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave as it is: the sampler needs `length`."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
 
 
 @dataclass
@@ -536,13 +517,8 @@ def main() -> int | None:
     )
     name = model_args.model_name_or_path
     if training:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        if stop.requested:
-            report_stop(trainer)
+        if not train(trainer, stop, checkpoint, training_args):
             return 130
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
         trainer.save_model()
         name = training_args.output_dir
     if training_args.do_eval:

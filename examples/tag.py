@@ -46,18 +46,17 @@ from hf_rnn.training import (
 from tagged_text import Sentence, read_sentences, sentences_from_hub
 from text_pairs import DataError, read_lines
 from training_helpers import (
-    MixedPrecisionArguments,
+    GroupedTrainingArguments,
     RecurrenceArguments,
     SeedSamplerByEpoch,
     StopOnSignal,
     UsageError,
-    average_checkpoints,
     checkpoint_to_resume,
     load_pretrained,
     parse_arguments,
-    report_stop,
     run_script,
     say,
+    train,
 )
 
 
@@ -126,40 +125,19 @@ class DataArguments:
 
 
 @dataclass
-class TaggingArguments(MixedPrecisionArguments, TrainingArguments):
+class TaggingArguments(GroupedTrainingArguments, TrainingArguments):
     """`TrainingArguments` with defaults for a small tagger on a CPU."""
 
     output_dir: str | None = field(default="outputs/tagger", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a folder that is not empty."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision."})
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to score the validation data after training."})
-    do_predict: bool = field(default=True, metadata={"help": "Whether to tag the test data at the end."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Sentences per step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sentences per evaluation batch."})
     num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training data."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Longest gradient."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length, random, sequential or batch_rebalance."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to score the validation data."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint."})
     metric_for_best_model: str | None = field(
         default="score", metadata={"help": "What best means; score: F1 of entities, or accuracy."}
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "For the metric."})
-    average_checkpoints: int = field(
-        default=1, metadata={"help": "The final model is the mean of this many last checkpoints."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave as it is: the sampler needs `length`."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
     report_to: str | None = field(default="none", metadata={"help": "Where to log to besides."})
 
 
@@ -513,17 +491,8 @@ def main() -> int | None:
         preprocess_logits_for_metrics=best_labels,
         callbacks=[stop, SeedSamplerByEpoch()],
     )
-    if training:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        if stop.requested:
-            report_stop(trainer)
-            return 130
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-        if training_args.average_checkpoints > 1:
-            names = average_checkpoints(trainer.model, training_args.output_dir, training_args.average_checkpoints)
-            say(f"The model is the mean of {', '.join(names)}.")
+    if training and not train(trainer, stop, checkpoint, training_args):
+        return 130
     if training_args.do_eval and "validation" in sentences:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

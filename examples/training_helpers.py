@@ -28,6 +28,11 @@ from transformers.utils.logging import disable_progress_bar
 from text_pairs import DataError
 
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 TRAINER_STATE_NAME = "trainer_state.json"
 # Lies in a checkpoint that was saved because of a signal, not by `save_strategy`.
 INTERRUPTED_NAME = "interrupted"
@@ -105,6 +110,45 @@ class MixedPrecisionArguments:
         # The Trainer wants to hear that a CPU is meant before it lets one compute in bfloat16.
         self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
         super().__post_init__()
+
+
+@dataclass
+class ScriptTrainingArguments(MixedPrecisionArguments):
+    """To be put before `TrainingArguments`: defaults that all scripts share, for small recurrent models on a CPU."""
+
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a folder that is not empty."})
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to score the validation data after training."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to score the validation data."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint."})
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
+
+
+@dataclass
+class GroupedTrainingArguments(ScriptTrainingArguments):
+    """The same for scripts on texts of many lengths, which have test data and average checkpoints."""
+
+    do_predict: bool = field(default=True, metadata={"help": "Whether to use the model on the test data at the end."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length, random, sequential or batch_rebalance."}
+    )
+    average_checkpoints: int = field(
+        default=1, metadata={"help": "The final model is the mean of this many last checkpoints."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave as it is: the sampler needs `length`."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.average_checkpoints > 1 and self.save_total_limit is not None:
+            # One more for the best checkpoint, one for a Ctrl-C.
+            self.save_total_limit = max(self.save_total_limit, self.average_checkpoints + 2)
 
 
 @dataclass
@@ -242,11 +286,24 @@ def report_stop(trainer: Trainer) -> None:
 
 
 def train(trainer: Trainer, stop: "StopOnSignal", checkpoint: str | None, args: TrainingArguments) -> bool:
-    """Trains, and averages checkpoints if asked to. Returns whether training came to its end."""
+    """
+    Trains, and averages checkpoints if asked to. Returns whether training came to its end. What it cost is saved with
+    the metrics: the time of all threads of this process, evaluations included (other programs do not count), what the
+    column `length` of the data counts, and the greatest memory.
+    """
+    computing = time.process_time()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if stop.requested:
         report_stop(trainer)
         return False
+    if checkpoint is None:
+        result.metrics["train_processor_seconds"] = round(time.process_time() - computing, 2)
+        if "length" in getattr(trainer.train_dataset, "column_names", ()):
+            result.metrics["train_tokens"] = round(sum(trainer.train_dataset["length"]) * trainer.state.epoch)
+    result.metrics["parameters"] = trainer.model.num_parameters()
+    if resource is not None:
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+        result.metrics["peak_mebibytes"] = round(kibibytes / 1024, 1)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()

@@ -95,6 +95,27 @@ def test_transduce(tmp_path):
     assert again["eval_symbol_error_rate"] == pytest.approx(again["test_symbol_error_rate"], abs=1e-4)
 
 
+def test_compare_attention(tmp_path):
+    """Each row says what a run of `translate.py` has measured; what is done is not done again."""
+    options = {"decoders": "luong,luong+input_feeding", "scores": "dot", "num_beams": 2, **TINY_TRANSLATOR}
+    options |= {"max_train_samples": 64, "num_train_epochs": 1, "max_new_tokens": 8}
+    output = run("compare_attention.py", tmp_path / "out", **options)
+    assert output == (tmp_path / "out" / "table.md").read_text()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
+    assert [row[:2] for row in rows] == [["luong", "dot"], ["luong+input_feeding", "dot"]]
+    for row in rows:
+        assert len(row) == len(head)
+        results = json.loads((tmp_path / "out" / "-".join(row[:2]) / "all_results.json").read_text())
+        assert float(row[head.index("validation loss")]) == pytest.approx(results["eval_loss"], abs=1e-3)
+        assert int(row[head.index("tokens/s of training")].replace(",", "")) > 0
+        assert int(row[head.index("peak MiB")].replace(",", "")) > 100
+    config = json.loads((tmp_path / "out" / "luong+input_feeding-dot" / "config.json").read_text())
+    assert (config["decoder_type"], config["input_feeding"], config["attention_score"]) == ("luong", True, "dot")
+    done = tmp_path / "out" / "luong-dot" / "all_results.json"
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"eval_loss": 123.0}))
+    assert "| 123.000 |" in run("compare_attention.py", tmp_path / "out", **options)
+
+
 def test_language_model(tmp_path):
     """Trains on a file by characters, reports perplexity, saves, loads and writes a sample."""
     (tmp_path / "text.txt").write_text(TEXT)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 from transformers import AutoTokenizer, TrainerControl, TrainerState  # noqa: E402
 
+import compare_attention  # noqa: E402
 import language_model  # noqa: E402
 import prepare_scan  # noqa: E402
 import training_helpers  # noqa: E402
@@ -298,6 +300,27 @@ class TestSymbols:
         }
         words = [{word for word, _ in pairs} for pairs in parts.values()]
         assert len(set.union(*words)) == sum(map(len, words))
+
+
+class TestCompareAttention:
+    def test_pairs(self):
+        """Those that share their decoder or their score with the first, or all."""
+        pairs = compare_attention.choose(["luong", "gnmt"], ["general", "dot"], all_pairs=False)
+        assert pairs == [("luong", "general"), ("luong", "dot"), ("gnmt", "general")]
+        assert len(compare_attention.choose(["luong", "gnmt"], ["general", "dot"], all_pairs=True)) == 4
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--scores", "general,cosine"], "--scores must be among dot, .*got cosine"),
+            (["--decoders", "rnn"], "--decoders must be among luong, .*got rnn"),
+            (["--attention_score=dot"], "--attention_score is what is compared here"),
+        ],
+    )
+    def test_refusals(self, options, message, capsys):
+        status, error = run(compare_attention, *options, capsys=capsys)
+        assert status == 2
+        assert re.search(message, error)
 
 
 class TestPrepareScan:
