@@ -59,6 +59,7 @@ from training_helpers import (
     parse_arguments,
     run_script,
     say,
+    train,
 )
 
 
