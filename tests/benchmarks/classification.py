@@ -1,6 +1,7 @@
 """
 Classifying sentences against transformers of known sizes, and long texts in little memory. As a program of its own it
-measures a saved classifier on the texts of a file, and transformers with random weights on as many tokens.
+measures a saved classifier or tagger on the texts of a file, and transformers with random weights on as many tokens (of
+a model of words, as many words, which is less than their tokenizers would make of them).
 
 Usage: python tests/benchmarks/classification.py --model FOLDER --file TEXTS.tsv [--text_column text]
                                                  [--rounds N] [--samples N]
@@ -18,7 +19,9 @@ if __name__ == "__main__":
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     DistilBertConfig,
@@ -162,30 +165,49 @@ def long_text_growth(settings: Settings) -> Measurement:
     return Measurement(long / max(short, 1e-3), note=f"{long:.1f} of {short:.1f} MB")
 
 
-def measure_checkpoint(folder: str, path: str, text_column: str, samples: int, settings: Settings) -> None:
-    """
-    Prints microseconds of processor time for a sentence of a file, of a saved classifier and of transformers that read
-    as many tokens, on one core. What else the machine does is left out.
-    """
+def plain_texts(path: str, text_column: str) -> list[str]:
+    """The texts of a file for a classifier."""
     from labelled_texts import Columns, read_texts
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = read_texts(path, Columns(text_column, "label", "id"), needs_label=False)["train"]
-    texts = [rows[index].text for index in torch.randperm(len(rows))[:samples].tolist()]
-    ids = [row for row in tokenizer(texts, truncation=True)["input_ids"] if row]
-    print(f"{len(ids)} texts of {sum(map(len, ids)) / len(ids):.1f} tokens on average, one core")
+    return [row.text for row in read_texts(path, Columns(text_column, "label", "id"), needs_label=False)["train"]]
+
+
+def tagged_texts(path: str) -> list[str]:
+    """The sentences of a file for a tagger."""
+    from tagged_text import read_sentences
+
+    return [" ".join(sentence.words) for sentence in read_sentences(path, needs_tags=False)]
+
+
+def measure_checkpoint(folder: str, path: str, text_column: str, samples: int, settings: Settings) -> None:
+    """
+    Prints microseconds of processor time for a sentence of a file, of a saved model and of transformers, on one core.
+    What else the machine does is left out.
+    """
+    is_tagger = AutoConfig.from_pretrained(folder).architectures[0].endswith("TokenClassification")
+    auto_class = AutoModelForTokenClassification if is_tagger else AutoModelForSequenceClassification
+    model, tokenizer = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    texts = tagged_texts(path) if is_tagger else plain_texts(path, text_column)
+    texts = [texts[index] for index in torch.randperm(len(texts))[:samples].tolist()]
+    ids = sorted((row for row in tokenizer(texts, truncation=True)["input_ids"] if row), key=len)
+    unit, first = "tokens", getattr(model.config, "first_continuation_id", None)
+    lengths = [len(row) for row in ids]
+    if first is not None:
+        unit, lengths = "words", [sum(token < first for token in row) for row in ids]
+    print(f"{len(ids)} texts of {sum(lengths) / len(ids):.1f} {unit} on average, one core")
     print("| model | parameters | batch | microseconds a text | spread |\n| --- | ---: | ---: | ---: | ---: |")
     models = {Path(folder).name: model}
     models |= {name: make_transformer(name, model.config.num_labels) for name in TRANSFORMERS}
     for batch_size in (1, 32):
-        ids.sort(key=len)
-        batches = []
+        own = []
         for start in range(0, len(ids), batch_size):
             batch = tokenizer.pad({"input_ids": ids[start : start + batch_size]}, return_tensors="pt")
-            batches.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
+            own.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
+        others = batches_of(lengths, batch_size)
         times = interleave(
-            {name: reader(other, batches) for name, other in models.items()}, settings, clock=time.process_time
+            {name: reader(other, own if other is model else others) for name, other in models.items()},
+            settings,
+            clock=time.process_time,
         )
         for name, values in times.items():
             result = summarize([1e6 * value / len(ids) for value in values])
@@ -195,8 +217,8 @@ def measure_checkpoint(folder: str, path: str, text_column: str, samples: int, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a saved classifier")
-    parser.add_argument("--file", required=True, help="tsv, csv or JSON lines with a column of texts")
+    parser.add_argument("--model", required=True, help="folder of a saved classifier or tagger")
+    parser.add_argument("--file", required=True, help="what the scripts read: a column of texts, or sentences")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
