@@ -10,9 +10,8 @@ alphabet of 64, so that a letter says where it stands; with `--repeats 1` they a
 harder.
 
 A position is found by the letter before it. Once nearly every letter is right, little is left to learn from, and now
-and then the weights still fall between two neighbours: one wrong letter in some ten thousand, which is one wrong
-sequence in some hundred. Dropout on the states of the encoder takes away a part of each sign that a position could be
-known by, so that training finds several.
+and then the weights still fall between two neighbours, which spoils a few long sequences in a thousand. Dropout on the
+states of the encoder takes away a part of each sign that a position could be known by, so that training finds several.
 
 The second picture shows why the plain RNN is the first to break. The gradient of the state after T steps with respect
 to the state k steps before is a product of k Jacobians. With tanh and small weights it vanishes, with larger weights it
