@@ -413,6 +413,17 @@ def train_tokenizer(questions: Sequence[Question], args: DataArguments) -> PreTr
     return train_subword_tokenizer(texts, args.vocab_size, args.normalization)
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `UsageError` for a tokenizer that questions and texts cannot be read with."""
+    if not tokenizer.is_fast:
+        raise UsageError("the tokenizer must be a fast one, which knows where in the text a token stands")
+    if tokenizer.pad_token_id is None:
+        raise UsageError("the tokenizer must have a pad_token")
+    ids = tokenizer("a", "b")["input_ids"]
+    if not {tokenizer.sep_token_id, tokenizer.eos_token_id}.intersection(ids):
+        raise UsageError("the tokenizer must put its sep_token or eos_token between a question and a text")
+
+
 def make_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model to train further, or a new one with the fields of `args`."""
     if args.model_name_or_path is not None:
@@ -498,8 +509,7 @@ def main() -> int | None:
     tokenizer = make_tokenizer(
         model_args, training_args, checkpoint, partial(train_tokenizer, questions.get("train", ()), data_args)
     )
-    if not tokenizer.is_fast:
-        raise UsageError("the tokenizer must be a fast one, which knows where in the text a token stands")
+    check_tokenizer(tokenizer)
     model = make_model(model_args, tokenizer)
     say(f"{type(model).__name__}, {model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}")
 

@@ -96,6 +96,7 @@ def test_an_answer_of_articles_alone_is_none():
     assert score_answers(["the"], [[]]) == {"exact_match": 100, "f1": 100}
     assert score_answers(["Graz"], [["the", "Graz"]]) == {"exact_match": 100, "f1": 100}
     assert score_answers([""], [["the"]]) == {"exact_match": 100, "f1": 100}
+    assert score_answers([""], [["the", "Graz"]]) == {"exact_match": 0, "f1": 0}
 
 
 # Data.
@@ -328,6 +329,17 @@ def test_normalization_of_characters():
     assert asked.context[window.offsets[window.start][0] : window.offsets[window.end][1]] == "１９９９年"
     with pytest.raises(ValueError, match="`normalization` must be one of"):
         train_character_tokenizer(["a"], normalization="upper")
+
+
+def test_tokenizers_that_cannot_serve():
+    """One without a separator or without padding; one of BERT's kind serves."""
+    read.check_tokenizer(make_tokenizer())
+    with pytest.raises(UsageError, match="between a question and a text"):
+        read.check_tokenizer(make_tokenizer(special_tokens=False))
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(UsageError, match="pad_token"):
+        read.check_tokenizer(tokenizer)
 
 
 # Spans.
