@@ -93,6 +93,9 @@ class ModelArguments(RecurrenceArguments):
     )
     min_word_count: int = field(default=2, metadata={"help": "How often a word occurs that has an embedding."})
     max_words: int | None = field(default=None, metadata={"help": "Most words with an embedding; 0 for none."})
+    all_vectors: bool = field(
+        default=False, metadata={"help": "Know all words of the vectors, not those of the data alone, for later texts."}
+    )
     word_dropout: float = field(default=0.1, metadata={"help": "Chance to read a known word as unknown in training."})
     embedding_dropout: float = field(default=0.3, metadata={"help": "Dropout on the vectors of words."})
     output_dropout: float = field(default=0.3, metadata={"help": "Dropout on the output of the last layer."})
@@ -273,6 +276,7 @@ def make_model(
         "min_word_count",
         "max_words",
         "vectors_file",
+        "all_vectors",
     )
     fields |= {name: value for name, value in vars(args).items() if name not in not_in_config}
     words, vectors = [], None
@@ -310,14 +314,16 @@ def make_model(
 def known_words(args: ModelArguments, sentences: dict[str, list[Sentence]]) -> tuple[list[str], torch.Tensor | None]:
     """
     The words that are to have an embedding: those that are frequent in the training data, and with pretrained vectors
-    also those of all data that have one; with the vectors, NaN where there is none.
+    also those of all data that have one, or all of them; with the vectors, NaN where there is none.
     """
     words = frequent_words((word for row in sentences["train"] for word in row.words), args.min_word_count)
     if args.vectors_file is None:
         return words[: args.max_words], None
-    seen = (word for rows in sentences.values() for row in rows for word in row.words)
+    seen = [*words, *(word for rows in sentences.values() for row in rows for word in row.words)]
     try:
-        read = read_word_vectors(args.vectors_file, [*words, *seen], on_duplicate="first")
+        if args.all_vectors:
+            seen += read_word_vectors(args.vectors_file, on_duplicate="first", show_progress=False).words
+        read = read_word_vectors(args.vectors_file, seen, on_duplicate="first")
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     frequent = set(words)
