@@ -50,16 +50,17 @@ def choose(decoders: list[str], scores: list[str], all_pairs: bool) -> list[tupl
 
 
 def train(decoder: str, score: str, folder: Path, options: list[str]) -> dict[str, float]:
-    """Runs `translate.py` unless its scores are there already, and returns them."""
+    """Runs `translate.py` unless all its scores are there already, and returns them."""
     results = folder / "all_results.json"
-    if not results.exists():
+    # Those of the training are written before the others.
+    if not results.exists() or "test_bleu" not in json.loads(results.read_text(encoding="utf-8")):
+        results.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), "--overwrite_output_dir", "true"]
         command += [*DECODERS[decoder], "--attention_score", score, *SAME, *options]
         with open(folder / "log.txt", "w", encoding="utf-8") as log:
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         if status != 0:
-            results.unlink(missing_ok=True)
             sys.exit(f"error: {decoder} with {score} failed with status {status}, see {folder / 'log.txt'}")
     return json.loads(results.read_text(encoding="utf-8"))
 
@@ -80,7 +81,9 @@ def row_of(decoder: str, score: str, results: dict[str, float]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--decoders", default=",".join(DECODERS), help=f"Among {', '.join(DECODERS)}.")
     scores = ["general", *(score for score in ATTENTION_SCORES if score != "general")]
     parser.add_argument("--scores", default=",".join(scores), help=f"Among {', '.join(ATTENTION_SCORES)}.")

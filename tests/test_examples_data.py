@@ -322,6 +322,16 @@ class TestCompareAttention:
         assert status == 2
         assert re.search(message, error)
 
+    def test_what_is_done_is_not_done_again(self, tmp_path, monkeypatch):
+        """A run that was cut off after its training is not done; one that fails says where to look."""
+        monkeypatch.setattr(compare_attention.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+        results = tmp_path / "all_results.json"
+        results.write_text('{"train_loss": 1.0, "test_bleu": 2.0}')
+        assert compare_attention.train("luong", "dot", tmp_path, [])["test_bleu"] == 2
+        results.write_text('{"train_loss": 1.0}')
+        with pytest.raises(SystemExit, match=r"luong with dot failed with status 1, see .*log\.txt"):
+            compare_attention.train("luong", "dot", tmp_path, [])
+
 
 class TestPrepareScan:
     LINES = [f"IN: walk {number} OUT: I_WALK I_{number}\n" for number in range(30)] + ["IN: jump OUT: I_JUMP\n"] * 20
