@@ -81,7 +81,7 @@ class ModelArguments(RecurrenceArguments):
         default=None, metadata={"help": "Tokenizer to use; otherwise the model's, or a new one trained on the data."}
     )
     question_attention: str = field(
-        default="flow", metadata={"help": "none, aligned (as in DrQA) or flow (as in BiDAF)."}
+        default="aligned", metadata={"help": "none, aligned (as in DrQA) or flow (as in BiDAF)."}
     )
     embedding_size: int | None = field(default=128, metadata={"help": "Width of embeddings; null for hidden_size."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the hidden state, per direction."})

@@ -17,6 +17,7 @@ pytest.importorskip("sacrebleu")
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 import read
+from clients import make_tokenizer
 from question_data import Question, questions_from_hub, read_questions
 from read import DataArguments, Window, best_span, choose_answers, load_questions, make_windows
 from span_scores import characters, compare, score_answers, words
