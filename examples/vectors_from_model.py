@@ -3,8 +3,8 @@
     python examples/vectors_from_model.py MODEL_FOLDER vectors.txt --texts train.tsv,more.tsv.gz
 
 A word of several tokens gets the mean of their embeddings. The words are those of the texts, as the tokenizer of words
-of `classify.py` splits them, in lower case, and with `--own_words` those that are tokens of the model. Vectors are moved
-to a mean of zero and stretched to a standard deviation, as those of transformers are small and share a direction.
+of `classify.py` splits them, in lower case, and with `--own_words` those that are tokens of the model. Vectors are
+moved to a mean of zero and stretched to a standard deviation, as those of transformers are small and share a direction.
 """
 
 import argparse
