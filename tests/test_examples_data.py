@@ -306,7 +306,7 @@ class TestArguments:
         # The Trainer has its own; and what needs other data than pairs.
         other = {"label_smoothing", "pointer_generator", "num_copy_ids", "unk_token_id", "guided_alignment_weight"}
         # For a causal model these have one value, or none.
-        not_causal = {"bidirectional", "pooling", "classifier_dropout", "use_crf"}
+        not_causal = {"bidirectional", "pooling", "classifier_dropout", "use_crf", "crf_constraints", "id2intent"}
         for config, arguments, left_out in (
             (RNNSeq2SeqConfig, ModelArguments, derived | other | {"vocab_size"}),
             (RNNConfig, language_model.ModelArguments, derived | not_causal),
