@@ -385,8 +385,17 @@ class TestArguments:
         # The Trainer has its own; and what needs other data than pairs.
         other = {"label_smoothing", "pointer_generator", "num_copy_ids", "unk_token_id", "guided_alignment_weight"}
         # For a causal model these have one value, or none.
-        not_causal = {"bidirectional", "pooling", "classifier_dropout", "use_crf"}
-        not_causal |= {"pooling_heads", "pooling_attention_size"}
+        not_causal = {"bidirectional", "pooling", "classifier_dropout", "use_crf", "crf_constraints", "id2intent"}
+        not_causal |= {"pooling_heads", "pooling_attention_size", "question_attention", "sep_token_id"}
+        not_causal |= {
+            "word_encoder",
+            "first_continuation_id",
+            "word_encoder_size",
+            "word_encoder_width",
+            "word_vocab_size",
+            "word_embedding_size",
+            "word_dropout",
+        }
         for config, arguments, left_out in (
             (RNNSeq2SeqConfig, ModelArguments, derived | other | {"vocab_size"}),
             (RNNConfig, language_model.ModelArguments, derived | not_causal),
