@@ -147,7 +147,7 @@ class WordTable(nn.Module):
 
     def find(self, keys: torch.Tensor) -> torch.Tensor:
         """Which embeddings the words with these keys have; 0 for those that are not known."""
-        if torch.onnx.is_in_onnx_export():  # ONNX has no search
+        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # ONNX has no search
             place = torch.zeros_like(keys)
             for step in (1 << bit for bit in reversed(range(len(self.keys).bit_length()))):
                 reached = place + step
@@ -247,7 +247,7 @@ class CharacterRecurrence(nn.Module):
         if 0 in embeddings.shape[:2]:
             return embeddings.new_empty(*words.first.shape, self.layer.output_size)
         begins_behind = words.starts & (words.number > 0)
-        if torch.onnx.is_in_onnx_export():
+        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # ONNX knows no texts within a row
             state = self.layer.initial_state(embeddings)
             weights = [weight for cell in self.layer.cells for weight in (*cell.parameters(), *cell.buffers())]
             outputs = in_scan(embeddings, state, weights, [], words.is_token, self.cell_type, begins_behind)[0]

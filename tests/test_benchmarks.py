@@ -82,7 +82,7 @@ def test_a_missed_goal_falls_short():
 def test_ratios_are_medians_of_rounds(monkeypatch):
     rounds = {"ours": [9, 9, 1, 3, 8], "baseline": [9, 9, 10, 10, 10], "floor": [9, 9, 0.5, 1, 2]}  # two to warm up
     times = {name: iter(values) for name, values in rounds.items()}
-    monkeypatch.setattr(harness, "seconds", lambda function, settings, calls=1: next(times[function]))
+    monkeypatch.setattr(harness, "seconds", lambda function, settings, calls=1, *_: next(times[function]))
     result = measure(Settings(rounds=3), baseline="baseline", ours="ours", floor="floor")
     assert result.value == pytest.approx(0.3)
     assert (result.low, result.high) == (pytest.approx(0.2), pytest.approx(0.55))

@@ -114,10 +114,10 @@ def test_train_save_load_merge(tmp_path):
     inputs = tokenizer(SENTENCES, return_tensors="pt", padding=True)
     expected = logits_of(model, inputs)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits_of(loaded, inputs), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits_of(loaded, inputs), expected, rtol=1e-5, atol=1e-5)
     # Transformers too finds the base model by itself.
     automatic = AutoModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits_of(automatic, inputs), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits_of(automatic, inputs), expected, rtol=1e-5, atol=1e-5)
 
     loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -60,7 +60,7 @@ def test_scores_are_the_equation(alpha, beta, use_cache):
     """For every returned sequence, in order; the processor is used for one search after the other."""
     lengths = set()
     for options in [*DECODERS[1:3], {"attention_score": "location", "num_attention_heads": 2}]:
-        model = make_model(NAME, **options)
+        model = make_model(NAME, **options, initializer_range=0.1)
         with torch.no_grad():
             model.lm_head.bias[EOS] += 1  # so that there are ends of all lengths
         with GNMTScore(BEAMS, alpha, beta, model) as score:
