@@ -94,7 +94,7 @@ def test_penalties_change_what_is_found():
         for options in DECODERS:
             model = make_model(NAME, **options)
             with torch.no_grad():
-                model.lm_head.bias[EOS] += 0  # so that there are ends to choose from
+                model.lm_head.bias[EOS] += 1  # so that there are ends to choose from
             with GNMTScore(BEAMS, alpha, beta, model) as score:
                 outputs, _, mask = search(model, score, num_return_sequences=1, max_new_tokens=40)
             lengths[-1] += int((outputs.beam_indices >= 0).sum())
