@@ -1,4 +1,4 @@
-"""A linear-chain conditional random field over the labels of a sequence. Imports its operators.
+"""A linear-chain conditional random field over the labels of a sequence. Imports its operators and the padding.
 
 The chain has the tokens that a mask names, in their order, wherever they lie: those left out are skipped, and the ones
 to the left and to the right of them are neighbours.
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .crf_operators import best_paths_in_scan, chain_best_paths, chain_sums, run_best, run_sums, sums_in_scan
+from .recurrent_padding import reading_order
 
 
 # The score of a step that is not allowed, in nats: no probability in any floating type. It is finite, so that labels
@@ -36,12 +37,8 @@ class Chain:
     def __init__(self, mask: torch.Tensor, starts: torch.Tensor | None = None):
         self.mask = mask
         self.lengths = mask.sum(dim=1)  # [batch]
-        steps = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        tokens_until = mask.long().cumsum(dim=1)  # at or before the position
-        self.steps = steps
-        # At which step a position is read; those out of the chain come behind it.
-        self.place = torch.where(mask, tokens_until - 1, self.lengths[:, None] + steps - tokens_until)
-        self.order = torch.empty_like(self.place).scatter(1, self.place, steps)
+        self.steps = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        _, self.place, self.order = reading_order(mask)
         self.text = None if starts is None else starts.long().cumsum(dim=1).gather(1, self.order)  # of each step
 
     def backwards(self) -> torch.Tensor:

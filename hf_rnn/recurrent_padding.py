@@ -14,6 +14,27 @@ class DirectionIndex(NamedTuple):
     started: torch.Tensor | None  # [batch, seq, 1], False where nothing was read yet; None as above
 
 
+def reading_order(mask: torch.Tensor, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    How to read the tokens of rows one behind the other and the padding behind them, each in its own order.
+
+    Args:
+        mask (`torch.BoolTensor` of shape `(batch, seq)`): True where there is a token.
+        reverse (`bool`): Whether tokens are read from right to left.
+
+    Returns:
+        `token_step`: the step that reads the token at a position, at padding that of the token before it, which is -1
+        in front of the first (from right to left that of the token behind it plus one); `place`: the step that reads
+        each position; and `order`: the position that each step reads, all `(batch, seq)`.
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    lengths = mask.sum(dim=1, keepdim=True)
+    tokens_until = mask.long().cumsum(dim=1)  # at or before the position
+    token_step = lengths - tokens_until if reverse else tokens_until - 1
+    place = torch.where(mask, token_step, lengths + positions - tokens_until)
+    return token_step, place, torch.empty_like(place).scatter(1, place, positions)
+
+
 class Padding:
     """
     Where the tokens of a batch lie, prepared once and shared by all layers.
@@ -85,18 +106,10 @@ class Padding:
         if self.is_right_padded and not reverse:
             return DirectionIndex(None, None, None)
         batch, seq = self.mask.shape
-        steps = torch.arange(seq, device=self.mask.device).expand(batch, seq)
         offset = torch.arange(batch, device=self.mask.device)[:, None] * seq
-        tokens_until = self.mask.long().cumsum(dim=1)  # at or before the position
-        # Which step reads the token at a position; padding goes behind all tokens, in its own order.
-        padding_step = self.lengths[:, None] + steps - tokens_until
-        if reverse:
-            token_step = self.lengths[:, None] - tokens_until
-            tokens_read = token_step + self.mask.long()  # at or after the position
-        else:
-            token_step = tokens_until - 1
-            tokens_read = tokens_until
-        order = torch.empty_like(steps).scatter(1, torch.where(self.mask, token_step, padding_step), steps)
+        token_step, _, order = reading_order(self.mask, reverse)
+        # At or before the position, from right to left at or after it.
+        tokens_read = token_step + (self.mask.long() if reverse else 1)
         scatter = (tokens_read - 1).clamp(min=0) + offset
         return DirectionIndex((order + offset).flatten(), scatter.flatten(), (tokens_read > 0)[:, :, None])
 

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from .packed_sequences import PackedPadding
 from .recurrent_layer import RecurrentLayer
 from .recurrent_onnx import in_scan
+from .recurrent_padding import reading_order
 
 
 class Words(NamedTuple):
@@ -206,12 +207,9 @@ class CharacterConvolution(nn.Module):
         """
         # Here the tokens lie together at the left, whatever padding there was between them.
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)
-        tokens_until = words.is_token.long().cumsum(1)
-        length = words.is_token.sum(1, keepdim=True)
-        step = torch.where(words.is_token, tokens_until - 1, length + positions - tokens_until)
-        order = torch.zeros_like(step).scatter(1, step, positions.expand_as(step))
+        _, _, order = reading_order(words.is_token)
         tokens = embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings))
-        number, valid = words.number.gather(1, order), positions < length
+        number, valid = words.number.gather(1, order), words.is_token.gather(1, order)
         around = []
         for offset in range(-(self.width // 2), self.width // 2 + 1):
             place = (positions + offset).clamp(min=0).minimum(positions[-1:])
