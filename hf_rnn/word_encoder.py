@@ -102,6 +102,16 @@ def find_words(
     return Words(number, is_token, starts, is_word, first, last)
 
 
+def _signed(number: int) -> int:
+    """What an integer is in 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+# Of the factor in Knuth's MMIX generator, for the tokens of a word; those behind the last power share it, and count
+# without their order.
+KEY_POWERS = tuple(_signed(pow(6364136223846793005, exponent, 2**64)) for exponent in range(64))
+
+
 class WordTable(nn.Module):
     r"""
     Embeddings of known words, found by how they are spelled.
@@ -119,9 +129,6 @@ class WordTable(nn.Module):
             unknown words learns.
     """
 
-    _FACTOR = 6364136223846793005  # of Knuth's MMIX generator, odd
-    _LONGEST = 64  # further tokens of a word count without their order
-
     def __init__(self, vocab_size: int, num_words: int, embedding_size: int, word_dropout: float = 0.0):
         super().__init__()
         self.word_dropout = word_dropout
@@ -136,26 +143,21 @@ class WordTable(nn.Module):
 
     def word_keys(self, tokens: torch.Tensor, words: Words) -> torch.Tensor:
         """The numbers `[batch, words]` by which the words of rows of `tokens` `[batch, seq]` are known."""
-        powers = [1]
-        while len(powers) < self._LONGEST:
-            powers.append(powers[-1] * self._FACTOR % 2**64)
-        powers = [power - 2**64 if power >= 2**63 else power for power in powers]
         tokens_until = words.is_token.long().cumsum(1)
         before = tokens_until.gather(1, words.first).gather(1, words.number)
-        place = (tokens_until - before).clamp(0, self._LONGEST - 1)
-        parts = (tokens + 1) * torch.tensor(powers, device=tokens.device)[place] * words.is_token
+        place = (tokens_until - before).clamp(0, len(KEY_POWERS) - 1)
+        parts = (tokens + 1) * torch.tensor(KEY_POWERS, device=tokens.device)[place] * words.is_token
         return torch.zeros_like(words.first).scatter_add(1, words.number, parts)
 
     def find(self, keys: torch.Tensor) -> torch.Tensor:
         """Which embeddings the words with these keys have; 0 for those that are not known."""
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # ONNX has no search
-            place = torch.zeros_like(keys)
-            for step in (1 << bit for bit in reversed(range(len(self.keys).bit_length()))):
+            number = len(self.keys)
+            place = torch.zeros_like(keys)  # how many keys are known not to be greater
+            for step in (1 << bit for bit in reversed(range(number.bit_length()))):
                 reached = place + step
-                is_below = (reached <= len(self.keys)) & (
-                    self.keys[(reached - 1).clamp(max=len(self.keys) - 1)] <= keys
-                )
-                place = torch.where(is_below, reached, place)
+                is_right = (reached <= number) & (self.keys[(reached - 1).clamp(max=number - 1)] <= keys)
+                place = torch.where(is_right, reached, place)
         else:
             place = torch.searchsorted(self.keys, keys, right=True)
         return torch.where((place > 0) & (self.keys[(place - 1).clamp(min=0)] == keys), place, 0)
