@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from text_pairs import DataError, read_text
+from text_pairs import DataError, load_hub_split, read_text
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,7 @@ def questions_from_hub(
     Questions of one split of a data set of the Hub (or a local folder that `datasets` can load), with the columns
     `question`, `context` and `answers`. Raises `DataError` when there is no such data set, split or column.
     """
-    from datasets import get_dataset_split_names, load_dataset
-
-    try:
-        splits = get_dataset_split_names(name, config_name)
-        if split not in splits:
-            raise DataError(name, None, f"has no split {split!r}, only {', '.join(splits)}")
-        dataset = load_dataset(name, config_name, split=split)
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises many kinds, from network errors to unknown configurations
-        raise DataError(name, None, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+    dataset = load_hub_split(name, config_name, split)
     rows = [(f"question {number}", row) for number, row in enumerate(dataset, start=1)]
     return _questions(f"{name} ({split})", rows, skip_bad_questions)
 

@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from text_pairs import JSON_SUFFIXES, DataError, read_lines
+from text_pairs import JSON_SUFFIXES, DataError, load_hub_split, read_lines
 
 
 CONLLU_COLUMNS = {"form": 2, "lemma": 3, "upos": 4, "xpos": 5}
@@ -107,17 +107,7 @@ def sentences_from_hub(
     in JSON objects. Tags that are numbers get the names that the data set has for them. Raises `DataError` where the
     data set, the split or a column does not exist.
     """
-    from datasets import get_dataset_split_names, load_dataset
-
-    try:
-        splits = get_dataset_split_names(name, config_name)
-        if split not in splits:
-            raise DataError(name, None, f"has no split {split!r}, only {', '.join(splits)}")
-        dataset = load_dataset(name, config_name, split=split)
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises many kinds, from network errors to unknown configurations
-        raise DataError(name, None, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+    dataset = load_hub_split(name, config_name, split)
     names = {}
     for column, feature in dataset.features.items():
         feature = getattr(feature, "feature", feature)
