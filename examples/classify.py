@@ -64,12 +64,14 @@ from labelled_texts import (
 from subword_tokenizer import train_character_tokenizer, train_subword_tokenizer, train_word_tokenizer
 from text_pairs import DataError
 from training_helpers import (
+    DEFAULT_DATA,
     GroupedTrainingArguments,
     RecurrenceArguments,
     SeedSamplerByEpoch,
     StopOnSignal,
     UsageError,
     checkpoint_to_resume,
+    limit_rows,
     load_pretrained,
     make_tokenizer,
     parse_arguments,
@@ -79,7 +81,6 @@ from training_helpers import (
 )
 
 
-DEFAULT_DATA = Path(__file__).parent / "data"
 DEFAULT_FILES = {split: DEFAULT_DATA / f"clinc150.{split}.tsv.gz" for split in ("train", "validation", "test")}
 DEFAULT_COLUMNS, DEFAULT_RECALL = ("text", "intent"), "oos"
 TOKENIZATIONS = ("words", "subwords", "characters")
@@ -291,15 +292,6 @@ def load_texts(args: DataArguments, training: bool, seed: int) -> dict[str, list
     if "validation" not in rows and "test" in rows:
         rows["validation"] = rows["test"]
     return rows
-
-
-def limit_texts(rows: dict[str, list[LabelledText]], args: DataArguments, seed: int) -> None:
-    """Leaves random parts of the rows, in their order, where the options say how many."""
-    rng = random.Random(seed)
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
-    for split, limit in limits.items():
-        if split in rows and limit is not None and limit < len(rows[split]):
-            rows[split] = [rows[split][index] for index in sorted(rng.sample(range(len(rows[split])), limit))]
 
 
 def make_label_names(
@@ -588,7 +580,7 @@ def main() -> int | None:
         raise UsageError(f"{name} is no classifier: --do_train false needs one")
     problem_type, names = make_label_names(rows, data_args, training, config)
     score = make_scorer(problem_type, names, data_args.report_recall_of)
-    limit_texts(rows, data_args, training_args.seed)
+    limit_rows(rows, data_args, random.Random(training_args.seed))
     say(" · ".join(f"{split} {len(texts)} texts" for split, texts in rows.items()))
     separator = data_args.label_separator
     labels = {

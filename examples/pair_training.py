@@ -35,6 +35,7 @@ from training_helpers import (
     StopOnSignal,
     UsageError,
     checkpoint_to_resume,
+    limit_rows,
     load_pretrained,
     make_tokenizer,
     prefers_bf16,
@@ -43,7 +44,6 @@ from training_helpers import (
 )
 
 
-DEFAULT_DATA = Path(__file__).parent / "data"
 Pairs = list[tuple[str, str]]
 
 
@@ -212,10 +212,7 @@ def load_pairs(
         say("No test data: the validation data are translated in their place.")
         pairs["test"] = pairs["validation"]
     pairs.setdefault("validation", pairs["test"])
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
-    for split, limit in limits.items():
-        if split in pairs and limit is not None and limit < len(pairs[split]):
-            pairs[split] = [pairs[split][index] for index in sorted(rng.sample(range(len(pairs[split])), limit))]
+    limit_rows(pairs, args, rng)
     return pairs
 
 

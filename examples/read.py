@@ -43,19 +43,21 @@ from transformers import (
 )
 
 from hf_rnn import RNNConfig
-from pair_training import DEFAULT_DATA, make_tokenizer
 from question_data import Question, questions_from_hub, read_questions
 from span_scores import UNITS, score_answers
 from subword_tokenizer import train_character_tokenizer, train_subword_tokenizer
 from text_pairs import DataError
 from training_helpers import (
+    DEFAULT_DATA,
     GroupedTrainingArguments,
     RecurrenceArguments,
     SeedSamplerByEpoch,
     StopOnSignal,
     UsageError,
     checkpoint_to_resume,
+    limit_rows,
     load_pretrained,
+    make_tokenizer,
     parse_arguments,
     run_script,
     say,
@@ -214,11 +216,7 @@ def load_questions(args: DataArguments, training: bool, seed: int) -> dict[str, 
         say("No test data: the validation data are answered in their place.")
         questions["test"] = questions["validation"]
     questions.setdefault("validation", questions["test"])
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
-    for split, limit in limits.items():
-        if split in questions and limit is not None and limit < len(questions[split]):
-            kept = sorted(rng.sample(range(len(questions[split])), limit))
-            questions[split] = [questions[split][index] for index in kept]
+    limit_rows(questions, args, rng)
     return questions
 
 

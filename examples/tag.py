@@ -46,6 +46,7 @@ from hf_rnn.training import (
 from tagged_text import Sentence, read_sentences, sentences_from_hub
 from text_pairs import DataError, read_lines
 from training_helpers import (
+    DEFAULT_DATA,
     GroupedTrainingArguments,
     RecurrenceArguments,
     SeedSamplerByEpoch,
@@ -53,6 +54,7 @@ from training_helpers import (
     UsageError,
     checkpoint_to_resume,
     load_pretrained,
+    make_tokenizer,
     parse_arguments,
     run_script,
     say,
@@ -60,7 +62,6 @@ from training_helpers import (
 )
 
 
-DEFAULT_DATA = Path(__file__).parent / "data"
 DEFAULT_FILES = {"train": DEFAULT_DATA / "snips.train.jsonl.gz", "validation": DEFAULT_DATA / "snips.dev.jsonl.gz"}
 IGNORED = -100
 
@@ -245,12 +246,6 @@ def encode(sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, mo
     return Dataset.from_dict(columns)
 
 
-def make_tokenizer(args: ModelArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run to resume, the one asked for, the model's, or one of words spelled in bytes."""
-    name = checkpoint or args.tokenizer_name or args.model_name_or_path
-    return make_word_tokenizer() if name is None else load_pretrained(AutoTokenizer, name)
-
-
 def make_model(
     args: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
@@ -389,25 +384,22 @@ def tag_sentences(
 ) -> list[tuple[list[str], str | None]]:
     """The tags of the words of each sentence, and its intent where the model has any."""
     model.eval()
-    rows = encode([sentence._replace(tags=None) for sentence in sentences], tokenizer, model)
-    first = encode(
-        [sentence._replace(tags=[model.config.id2label[0]] * len(sentence.words)) for sentence in sentences],
-        tokenizer,
-        model,
-    )["labels"]
+    # With the label 0 at the first token of every word, whatever tags there are.
+    marked = [sentence._replace(tags=[model.config.id2label[0]] * len(sentence.words)) for sentence in sentences]
+    columns = encode(marked, tokenizer, model).to_dict()
+    ids, first = columns["input_ids"], columns["labels"]
     results: dict[int, tuple[list[str], str | None]] = {}
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    names = ("input_ids", "attention_mask")
+    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     for start in tqdm(range(0, len(order), batch_size), desc="tagging", unit=" batches"):
         batch = order[start : start + batch_size]
-        inputs = tokenizer.pad([{name: rows[index][name] for name in names} for index in batch], return_tensors="pt")
+        inputs = tokenizer.pad({"input_ids": [ids[index] for index in batch]}, return_tensors="pt")
         outputs = model(**inputs.to(model.device))
         tags, intents = outputs.logits.argmax(-1), getattr(outputs, "intent_logits", None)
         for row, index in enumerate(batch):
             found = [model.config.id2label[tags[row, i].item()] for i, label in enumerate(first[index]) if label == 0]
             intent = None if intents is None else model.config.id2intent[intents[row].argmax().item()]
             results[index] = found, intent
-    return [results[index] for index in range(len(rows))]
+    return [results[index] for index in range(len(ids))]
 
 
 def report(
@@ -480,7 +472,7 @@ def main() -> int | None:
     sentences = load_sentences(data_args, training, training_args.seed)
     say(" · ".join(f"{split} {len(rows)} sentences" for split, rows in sentences.items()))
     checkpoint = checkpoint_to_resume(training_args) if training else None
-    tokenizer = make_tokenizer(model_args, checkpoint)
+    tokenizer = make_tokenizer(model_args, training_args, checkpoint, make_word_tokenizer)
     model = make_model(model_args, tokenizer, sentences, data_args.use_intents)
     say(f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.config.num_labels} tags")
     has_intents = getattr(model.config, "id2intent", None) is not None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -33,6 +34,7 @@ try:
 except ImportError:  # on Windows
     resource = None
 
+DEFAULT_DATA = Path(__file__).parent / "data"
 TRAINER_STATE_NAME = "trainer_state.json"
 # Lies in a checkpoint that was saved because of a signal, not by `save_strategy`.
 INTERRUPTED_NAME = "interrupted"
@@ -262,6 +264,14 @@ def make_tokenizer(
                 raise UsageError(str(error)) from error
             tokenizer.save_pretrained(training_args.output_dir)
     return AutoTokenizer.from_pretrained(training_args.output_dir)
+
+
+def limit_rows(rows: dict[str, list], args: Any, rng: random.Random) -> None:
+    """Leaves random parts of the splits, in their order, where `max_*_samples` say how many rows."""
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
+    for split, limit in limits.items():
+        if split in rows and limit is not None and limit < len(rows[split]):
+            rows[split] = [rows[split][index] for index in sorted(rng.sample(range(len(rows[split])), limit))]
 
 
 def resume_command() -> str:

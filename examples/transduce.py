@@ -23,7 +23,6 @@ from rapidfuzz.distance import Levenshtein
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pair_training import (
-    DEFAULT_DATA,
     GenerationArguments,
     ModelArguments,
     PairArguments,
@@ -34,7 +33,7 @@ from pair_training import (
     run_pairs,
 )
 from subword_tokenizer import train_symbol_tokenizer
-from training_helpers import UsageError, parse_arguments, run_script, say
+from training_helpers import DEFAULT_DATA, UsageError, parse_arguments, run_script, say
 
 
 DEFAULT_FILES = {

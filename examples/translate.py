@@ -27,7 +27,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_rnn import plot_attention
 from pair_training import (
-    DEFAULT_DATA,
     GenerationArguments,
     ModelArguments,
     PairArguments,
@@ -38,7 +37,7 @@ from pair_training import (
     run_pairs,
 )
 from subword_tokenizer import token_pieces, train_subword_tokenizer
-from training_helpers import UsageError, parse_arguments, run_script, say
+from training_helpers import DEFAULT_DATA, UsageError, parse_arguments, run_script, say
 
 
 DEFAULT_FILES = {
