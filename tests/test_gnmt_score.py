@@ -60,7 +60,7 @@ def test_scores_are_the_equation(alpha, beta, use_cache):
     """For every returned sequence, in order; the processor is used for one search after the other."""
     lengths = set()
     for options in [*DECODERS[1:3], {"attention_score": "location", "num_attention_heads": 2}]:
-        model = make_model(NAME, **options, initializer_range=0.1)
+        model = make_model(NAME, **options)
         with GNMTScore(BEAMS, alpha, beta, model) as score:
             for new_tokens in (12, 8):
                 outputs, *given = search(model, score, use_cache=use_cache, max_new_tokens=new_tokens)

@@ -479,7 +479,8 @@ def reference_logits(model, inputs: dict) -> np.ndarray:
 def test_gradients_of_models_are_those_of_the_equations(name):
     """Nothing is cut off on the way back: central differences of the NumPy model, all parameters moved at once."""
     for options in options_of(name):
-        model = make_model(name, **options)
+        # A seed with which no unit that is rectified changes sides within the step.
+        model = make_model(name, seed=1, **options)
         inputs = {key: value for key, value in padded_inputs(name).items() if key != "labels"}
         tokens = inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
         logits = model(**inputs).logits
@@ -496,7 +497,7 @@ def test_gradients_of_models_are_those_of_the_equations(name):
                     parameter.add_(step * move)
             values.append((reference_logits(model, inputs) * projections.numpy()).sum())
         np.testing.assert_allclose(
-            derivative, (values[0] - values[1]) / 2e-5, rtol=2e-5, atol=1e-6, err_msg=str(options)
+            derivative, (values[0] - values[1]) / 2e-5, rtol=1e-6, atol=1e-6, err_msg=str(options)
         )
 
 
