@@ -65,6 +65,17 @@ def can_pack(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+# Numbers read from a weight below which a call of oneDNN takes longer to set up than it saves. A single row is quick to
+# multiply in the plain layout, too, as long as the weight stays near to the processor.
+LARGE, LARGE_FOR_ONE_ROW = 2**19, 2**20
+
+
+def is_large(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a packed weight is worth the call in a product of `inputs` `(..., in)` with a weight `[out, in]`."""
+    rows, size = inputs.numel() // weight.shape[1], weight.numel()
+    return size >= LARGE_FOR_ONE_ROW if rows == 1 else rows * size >= LARGE
+
+
 class _Copy:
     """A packed weight, and what tells whether it still is the weight."""
 
@@ -123,12 +134,13 @@ def forget_copies(module: nn.Module) -> None:
 
 def packed_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """
-    `F.linear` for single steps without gradients: with a packed copy of the weight from the second time on. The copy is
-    made anew when the weight has changed since.
+    `F.linear` for single steps without gradients: with a packed copy of the weight from the second time on, where the
+    product is large enough. The copy is made anew when the weight has changed since.
     """
     takes_copy = (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and is_large(inputs, weight)
         # Neither what a parametrization computed nor what is sharded or quantised.
         and type(weight) is nn.Parameter
         and weight.is_contiguous()

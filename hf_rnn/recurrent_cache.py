@@ -300,7 +300,8 @@ def cache_to_fill(config, past_key_values: Cache | None, use_cache: bool | None,
         `ValueError`: It holds the states of a model with another number of layers.
     """
     if past_key_values is not None:
-        _check_layers(past_key_values, len(config.layer_types) + getattr(config, "attention_has_state", False))
+        has_more = config.is_encoder_decoder and config.attention_has_state
+        _check_layers(past_key_values, len(config.layer_types) + has_more)
     if use_cache is None:
         use_cache = past_key_values is not None or (config.use_cache and not training)
     if not use_cache or past_key_values is not None:
@@ -345,10 +346,13 @@ def read_state(
             f"`past_key_values` must hold states of {wanted[0]} rows and {wanted[1]} features in layer {layer_idx}, "
             f"got {found[0]} rows and {found[1]} features."
         )
-    return (layer.keys, *layer.values.split(sizes[1:], dim=-1))
+    # Where there is one state beside the first, the two need no time to be taken apart and put together.
+    return (layer.keys, layer.values) if len(sizes) == 2 else (layer.keys, *layer.values.split(sizes[1:], dim=-1))
 
 
 def _pack(state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(state) == 2:
+        return state
     first, *rest = state
     return first, torch.cat(rest, dim=-1) if rest else first.new_empty(*first.shape[:-1], 0)
 
@@ -375,9 +379,8 @@ def write_state(
     if past_key_values is None:
         return
     layer = _state_layer(past_key_values, layer_idx)
-    packed_history = None if history is None else _pack(history)
-    packed_initial = None if initial is None else _pack(initial)
-    layer.update(*_pack(state), num_tokens=num_tokens, history=packed_history, initial=packed_initial)
+    recorded = {} if history is None else {"history": _pack(history), "initial": _pack(initial)}
+    layer.update(*_pack(state), num_tokens=num_tokens, **recorded)
 
 
 def detach_state(past_key_values: Cache) -> Cache:

@@ -101,7 +101,8 @@ class RecurrentLayer(GradientCheckpointingLayer):
             The outputs `(batch, seq, output_size)`; the final states or None; the states
             `(seq, batch, hidden_size)` after each position or None.
         """
-        inputs = F.dropout(hidden_states, self.input_dropout, self.training)
+        drops = self.training and self.input_dropout > 0
+        inputs = F.dropout(hidden_states, self.input_dropout) if drops else hidden_states
         if state is None:
             state = self.initial_state(inputs)
         kept = [units for units in (self.kept_units(inputs) for _ in self.cells) if units is not None]

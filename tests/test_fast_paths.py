@@ -46,6 +46,7 @@ def packed(monkeypatch):
             "pack": pack,
             "multiply": F.linear,
             "can_pack": lambda inputs, weight: inputs.numel() > 0,
+            "is_large": lambda inputs, weight: True,
         }.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
@@ -122,6 +123,24 @@ def linear_of(weight: nn.Parameter) -> torch.Tensor:
 
 def make_weight() -> nn.Parameter:
     return nn.Parameter(torch.randn(300, 7, dtype=torch.float64))
+
+
+def test_which_products_are_worth_a_copy():
+    """Large ones, of which those with one row have to be larger."""
+    one, few, weight = torch.ones(1, 1, 512), torch.ones(2, 1, 512), nn.Parameter(torch.ones(1024, 512))
+    assert not packed_linear.is_large(one, weight)
+    assert packed_linear.is_large(few, weight)
+    assert packed_linear.is_large(one, nn.Parameter(torch.ones(2048, 512)))
+    assert not packed_linear.is_large(few, nn.Parameter(torch.ones(511, 512)))
+
+
+def test_a_small_product_needs_no_copy(packed, monkeypatch):
+    monkeypatch.setattr(packed_linear, "is_large", lambda inputs, weight: weight.numel() > 2100)
+    small, large = make_weight(), nn.Parameter(torch.ones(301, 7))
+    for weight in (small, large):
+        for _ in range(3):
+            torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
+    assert packed == [(301, 7)]
 
 
 def test_a_copy_is_made_at_the_second_use_and_kept(packed):

@@ -1,10 +1,10 @@
 """
 Classifying sentences against transformers of known sizes, and long texts in little memory. As a program of its own it
-measures a saved classifier or tagger on the texts of a file, and transformers with random weights on as many tokens (of
-a model of words, as many words, which is less than their tokenizers would make of them).
+measures a saved classifier, tagger or reader on the texts of a file, and transformers with random weights on as many
+tokens (of a model of words, as many words, which is less than their tokenizers would make of them).
 
 Usage: python tests/benchmarks/classification.py --model FOLDER --file TEXTS.tsv [--text_column text]
-                                                 [--rounds N] [--samples N]
+                                                 [--rounds N] [--samples N] [--max_length N]
 """
 
 import argparse
@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -165,31 +166,50 @@ def long_text_growth(settings: Settings) -> Measurement:
     return Measurement(long / max(short, 1e-3), note=f"{long:.1f} of {short:.1f} MB")
 
 
-def plain_texts(path: str, text_column: str) -> list[str]:
+def plain_texts(path: str, text_column: str) -> list[tuple[str, ...]]:
     """The texts of a file for a classifier."""
     from labelled_texts import Columns, read_texts
 
-    return [row.text for row in read_texts(path, Columns(text_column, "label", "id"), needs_label=False)["train"]]
+    return [(row.text,) for row in read_texts(path, Columns(text_column, "label", "id"), needs_label=False)["train"]]
 
 
-def tagged_texts(path: str) -> list[str]:
+def tagged_texts(path: str, text_column: str) -> list[tuple[str, ...]]:
     """The sentences of a file for a tagger."""
     from tagged_text import read_sentences
 
-    return [" ".join(sentence.words) for sentence in read_sentences(path, needs_tags=False)]
+    return [(" ".join(sentence.words),) for sentence in read_sentences(path, needs_tags=False)]
 
 
-def measure_checkpoint(folder: str, path: str, text_column: str, samples: int, settings: Settings) -> None:
+def questions_and_texts(path: str, text_column: str) -> list[tuple[str, ...]]:
+    """The questions of a file for a reader, each with its text."""
+    from question_data import read_questions
+
+    return [(question.question, question.context) for question in read_questions(path)]
+
+
+# The class of a saved model and how its file is read, by the end of the name of its architecture.
+TASKS = {
+    "ForTokenClassification": (AutoModelForTokenClassification, tagged_texts),
+    "ForSequenceClassification": (AutoModelForSequenceClassification, plain_texts),
+    "ForQuestionAnswering": (AutoModelForQuestionAnswering, questions_and_texts),
+}
+
+
+def measure_checkpoint(options: argparse.Namespace, settings: Settings) -> None:
     """
-    Prints microseconds of processor time for a sentence of a file, of a saved model and of transformers, on one core.
-    What else the machine does is left out.
+    Prints microseconds of processor time for a text of a file, for a reader with its question, of a saved model and of
+    transformers, on one core. What else the machine does is left out.
     """
-    is_tagger = AutoConfig.from_pretrained(folder).architectures[0].endswith("TokenClassification")
-    auto_class = AutoModelForTokenClassification if is_tagger else AutoModelForSequenceClassification
+    folder = options.model
+    architecture = AutoConfig.from_pretrained(folder).architectures[0]
+    auto_class, read = next(task for name, task in TASKS.items() if architecture.endswith(name))
     model, tokenizer = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    texts = tagged_texts(path) if is_tagger else plain_texts(path, text_column)
-    texts = [texts[index] for index in torch.randperm(len(texts))[:samples].tolist()]
-    ids = sorted((row for row in tokenizer(texts, truncation=True)["input_ids"] if row), key=len)
+    texts = read(options.file, options.text_column)
+    texts = [texts[index] for index in torch.randperm(len(texts))[: options.samples].tolist()]
+    # A reader's text is cut to the first window.
+    columns, strategy = zip(*texts, strict=True), "longest_first" if len(texts[0]) == 1 else "only_second"
+    encoded = tokenizer(*map(list, columns), truncation=strategy, max_length=options.max_length)
+    ids = sorted((row for row in encoded["input_ids"] if row), key=len)
     unit, first = "tokens", getattr(model.config, "first_continuation_id", None)
     lengths = [len(row) for row in ids]
     if first is not None:
@@ -217,16 +237,16 @@ def measure_checkpoint(folder: str, path: str, text_column: str, samples: int, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a saved classifier or tagger")
-    parser.add_argument("--file", required=True, help="what the scripts read: a column of texts, or sentences")
+    parser.add_argument("--model", required=True, help="folder of a saved classifier, tagger or reader")
+    parser.add_argument("--file", required=True, help="what the scripts read: a column of texts, sentences, questions")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--max_length", type=int, default=384, help="tokens after which a text is cut")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    settings = Settings(1, options.rounds)
-    measure_checkpoint(options.model, options.file, options.text_column, options.samples, settings)
+    measure_checkpoint(options, Settings(1, options.rounds))
 
 
 if __name__ == "__main__":
