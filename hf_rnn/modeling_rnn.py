@@ -44,7 +44,7 @@ from .recurrent_cache import (
     read_state,
     write_state,
 )
-from .recurrent_layer import GateValues, HiddenStates, Padding, make_layers
+from .recurrent_layer import Dropout, GateValues, HiddenStates, Padding, make_layers
 from .recurrent_model import (
     RecurrentPreTrainedModel,
     embed_inputs,
@@ -133,10 +133,10 @@ class RNNModel(RNNPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
         self.word_encoder = None if config.word_encoder is None else WordEncoder(config)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         self.embedded = HiddenStates()
         self.layers = make_layers(config, config.num_hidden_layers, config.input_size, config.bidirectional)
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.output_dropout = Dropout(config.output_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -270,7 +270,7 @@ class RNNModel(RNNPreTrainedModel):
         if starts is not None and past_key_values is None:
             padding = PackedPadding(starts, None if padding is None else padding.mask)
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
-        needs_gates = bool(getattr(self.config, "output_gates", False) if output_gates is None else output_gates)
+        needs_gates = bool(vars(self.config).get("output_gates", False) if output_gates is None else output_gates)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         for layer_idx, layer in enumerate(self.layers):
             state = read_state(past_key_values, layer_idx, layer.state_sizes, batch_size)

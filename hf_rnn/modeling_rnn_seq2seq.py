@@ -37,7 +37,7 @@ from .recurrent_cache import (
 )
 from .recurrent_cells import Linear, State
 from .recurrent_kernels import loop_linear
-from .recurrent_layer import HiddenStates, Padding, RecurrentLayer, make_layers
+from .recurrent_layer import Dropout, HiddenStates, Padding, RecurrentLayer, make_layers
 from .recurrent_model import (
     RecurrentPreTrainedModel,
     embed_inputs,
@@ -111,10 +111,10 @@ class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
     def __init__(self, config: RNNSeq2SeqConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         self.embedded = HiddenStates()
         self.layers = make_layers(config, config.encoder_layers, config.embedding_size, config.encoder_bidirectional)
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.output_dropout = Dropout(config.output_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -238,7 +238,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         super().__init__(config)
         hidden_size, memory_size = config.hidden_size, config.encoder_output_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         self.embedded = HiddenStates()
         input_size = config.embedding_size
         if config.decoder_type == "bahdanau":
@@ -260,7 +260,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             "bahdanau": memory_size + hidden_size + config.embedding_size,
         }.get(config.decoder_type)
         self.combine = None if combined_size is None else nn.Linear(combined_size, hidden_size, bias=False)
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.output_dropout = Dropout(config.output_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -71,6 +71,8 @@ def run_loop(
     for position in reversed(range(len(projected))) if reverse else range(len(projected)):
         state = masked_step(cell, projected[position], state, is_token[position], linear)
         history.append(state)
+    if len(history) == 1:
+        return state[0].unsqueeze(1), state, history
     outputs = [step[0] for step in (reversed(history) if reverse else history)]
     return torch.stack(outputs, dim=1), state, history
 

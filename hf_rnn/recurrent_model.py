@@ -180,4 +180,6 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
             "`logits_to_keep` must be a number of positions, 0 or more, or a tensor of indices, got "
             f"{logits_to_keep!r}."
         )
+    if logits_to_keep == 0:
+        return hidden_states
     return hidden_states[:, -logits_to_keep:]

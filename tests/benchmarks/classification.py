@@ -9,7 +9,6 @@ Usage: python tests/benchmarks/classification.py --model FOLDER --file TEXTS.tsv
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,9 +224,7 @@ def measure_checkpoint(options: argparse.Namespace, settings: Settings) -> None:
             own.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
         others = batches_of(lengths, batch_size)
         times = interleave(
-            {name: reader(other, own if other is model else others) for name, other in models.items()},
-            settings,
-            clock=time.process_time,
+            {name: reader(other, own if other is model else others) for name, other in models.items()}, settings
         )
         for name, values in times.items():
             result = summarize([1e6 * value / len(ids) for value in values])

@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,7 +253,5 @@ def library_overhead(settings: Settings) -> Measurement:
     states = [cell.initial_state(token.float()) for cell in cells]
     _, states = bare(states)
     check_equal("logits", whole(cache).logits[:, 0], bare(states)[0])
-    # On a CPU the time of the processor, which other programs do not change: all of this runs in one thread.
-    clock = time.process_time if settings.device == "cpu" else time.perf_counter
-    times = interleave({"whole": lambda: whole(cache), "bare": lambda: bare(states)}, settings, clock=clock)
+    times = interleave({"whole": lambda: whole(cache), "bare": lambda: bare(states)}, settings)
     return summarize([1e6 * (time - bare) for time, bare in zip(times["whole"], times["bare"])], floor=0.0)

@@ -38,6 +38,10 @@ class Settings(NamedTuple):
         """A size, a number of steps or a tuple of them."""
         return quick if self.quick else full
 
+    def clock(self) -> float:
+        """Seconds. With one thread on a CPU those of the processor, which other programs change little."""
+        return time.process_time() if self.device == "cpu" and self.threads == 1 else time.perf_counter()
+
 
 class Measurement(NamedTuple):
     """What a line of the table shows: a ratio, or a number of `unit`; in either case less is better."""
@@ -101,20 +105,15 @@ def benchmark(name: str, compared: str, goals: dict[str, float | None], unit: st
 # Time ---------------------------------------------------------------------------------------------------------------
 
 
-def seconds(
-    function: Callable[[], object],
-    settings: Settings,
-    calls: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
+def seconds(function: Callable[[], object], settings: Settings, calls: int = 1) -> float:
     """The time of one of several calls."""
     synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
     synchronize()
-    start = clock()
+    start = settings.clock()
     for _ in range(calls):
         function()
     synchronize()
-    return (clock() - start) / calls
+    return (settings.clock() - start) / calls
 
 
 SHORTEST = 0.02  # seconds: what is faster is called several times in each round
@@ -124,7 +123,6 @@ def interleave(
     variants: dict[str, Callable[[], object]],
     settings: Settings,
     rounds: int | None = None,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """
     The seconds that each variant takes in each round, in which all of them run, in random order.
@@ -133,7 +131,6 @@ def interleave(
         variants (`dict`): Functions by name. Each is called at least twice before.
         settings (`Settings`): The settings.
         rounds (`int`, *optional*): At most so many rounds, for what takes long.
-        clock: Tells the time; `time.process_time` leaves out what other processes do.
     """
     calls = {}
     for name, function in variants.items():
@@ -145,7 +142,7 @@ def interleave(
         if not settings.quick:
             gc.collect()
         for name in random.sample(list(variants), len(variants)):
-            times[name].append(seconds(variants[name], settings, calls[name], clock))
+            times[name].append(seconds(variants[name], settings, calls[name]))
     return times
 
 
