@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .fast_paths import may_take
-from .packed_linear import apply_linear
+from .large_products import apply_linear, large_linear
 from .vocabulary_loss import linear_cross_entropy
 
 
@@ -109,7 +109,7 @@ class _Product:
                 )
             with torch.no_grad(), torch.autocast(self.tensors[0].device.type, enabled=False):
                 tensors = [None if tensor is None else tensor.detach().to(self.dtype) for tensor in self.tensors]
-                self.result = F.linear(*tensors).to(self.result_dtype)
+                self.result = large_linear(*tensors).to(self.result_dtype)
         return self.result
 
 
@@ -130,10 +130,11 @@ class _Defer(torch.autograd.Function):
             grad_logits = grad_logits.reshape(-1, len(weight)).to(ctx.dtype)
             grad_hidden = grad_weight = grad_bias = None
             if ctx.needs_input_grad[0]:
-                grad_hidden = (grad_logits @ weight.to(ctx.dtype)).to(hidden_states.dtype).view_as(hidden_states)
+                grad_hidden = large_linear(grad_logits, weight.to(ctx.dtype).t())
+                grad_hidden = grad_hidden.to(hidden_states.dtype).view_as(hidden_states)
             if ctx.needs_input_grad[1]:
                 rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(ctx.dtype)
-                grad_weight = (grad_logits.t() @ rows).to(weight.dtype)
+                grad_weight = large_linear(grad_logits.t(), rows.t()).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = grad_logits.sum(dim=0).to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None

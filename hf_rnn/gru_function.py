@@ -1,4 +1,4 @@
-"""A GRU over a whole sequence as one autograd function, on CPUs. Imports the packed products.
+"""A GRU over a whole sequence as one autograd function, on CPUs. Imports the products of oneDNN.
 
 Torch's own GRU goes through autograd step by step there, and through the slower of two libraries for its products.
 """
@@ -6,6 +6,7 @@ Torch's own GRU goes through autograd step by step there, and through the slower
 import torch
 
 from .fast_paths import may_take
+from .large_products import large_linear
 from .packed_linear import can_pack, multiply, pack
 
 
@@ -56,7 +57,7 @@ class _GRU(torch.autograd.Function):
             of_hidden = torch.addcmul(multiply(of_recurrent[step], packed), of_hidden, updates[step])
         of_projected = torch.cat([of_recurrent[..., : 2 * size], of_news], dim=-1) if ctx.needs_input_grad[0] else None
         of_recurrent = of_recurrent.flatten(0, 1)
-        of_weight = of_recurrent.t() @ hiddens[:-1].flatten(0, 1) if ctx.needs_input_grad[2] else None
+        of_weight = large_linear(of_recurrent.t(), hiddens[:-1].flatten(0, 1).t()) if ctx.needs_input_grad[2] else None
         return of_projected, of_hidden, of_weight, of_recurrent.sum(0)
 
 

@@ -24,7 +24,7 @@ from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttent
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .deferred_logits import vocabulary_logits
 from .generation_masks import GenerationMasks
-from .packed_linear import apply_linear, packed_linear
+from .large_products import apply_linear
 from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
 from .recurrent_cache import (
     cache_of,
@@ -379,7 +379,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             if isinstance(layer, FSDPModule) and "step" not in vars(layer):
                 register_fsdp_forward_method(layer, "step")
 
-    def _attentional_vectors(self, context: torch.Tensor, *features: torch.Tensor, linear=packed_linear):
+    def _attentional_vectors(self, context: torch.Tensor, *features: torch.Tensor, linear: Linear | None = None):
         combined = apply_linear(self.combine, torch.cat([context, *features], dim=-1), linear)
         return self.output_dropout(torch.tanh(combined))
 

@@ -113,9 +113,6 @@ def _sum_of_bits(weight: torch.Tensor) -> int:
     return int(weight.detach().view(bits).sum(dtype=torch.int32))
 
 
-# More rows read the weight often enough without a copy of it.
-MANY_ROWS = 1024
-
 _copies: dict[int, _Copy] = {}
 _text = 0
 
@@ -157,17 +154,3 @@ def packed_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     if copy.packed is None:
         copy.pack(weight)
     return multiply(inputs, copy.packed, bias)
-
-
-def apply_linear(module: nn.Module, inputs: torch.Tensor, linear=packed_linear) -> torch.Tensor:
-    """`module(inputs)`, where it is just an `nn.Linear` (no adapter, no hook) and there are few rows by `linear`."""
-    # A graph is not to depend on the number of rows.
-    is_plain = (
-        type(module) is nn.Linear
-        and not torch.compiler.is_compiling()
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-    )
-    if not is_plain or inputs.numel() > MANY_ROWS * module.in_features:
-        return module(inputs)
-    return linear(inputs, module.weight, module.bias)

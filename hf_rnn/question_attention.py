@@ -1,12 +1,13 @@
 """How a text is read with a question in mind: which tokens are which, what the first layer is told, the span heads.
 
-Imports the layer and the padding.
+Imports the layer, the padding and the products.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .large_products import apply_linear
 from .recurrent_layer import RecurrentLayer
 from .recurrent_padding import Padding
 
@@ -223,7 +224,8 @@ class FlowSpans(nn.Module):
         to_context = masked_softmax(best, layout.passage).unsqueeze(1) @ hidden_states.to(scores.dtype)
         to_context = to_context * is_question.any(2, keepdim=True)
         parts = [hidden_states, to_question, hidden_states * to_question, hidden_states * to_context]
-        return torch.relu(self.fusion(torch.cat([part.to(hidden_states.dtype) for part in parts], dim=-1)))
+        fused = apply_linear(self.fusion, torch.cat([part.to(hidden_states.dtype) for part in parts], dim=-1))
+        return torch.relu(fused)
 
 
 # The span heads by the value of `question_attention`.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .fast_paths import may_take
 from .gru_function import run_gru, takes_gru_function
+from .large_products import large_linear
 from .packed_linear import packed_linear
 from .packed_sequences import PackedPadding
 from .recurrent_cells import Linear, RecurrentCell, State
@@ -65,7 +66,7 @@ def run_loop(
     Returns:
         The outputs `(batch, seq, hidden_size)`, the final state, and the state after every step in order of reading.
     """
-    projected = project_inputs(cell, inputs, packed_linear if inputs.shape[1] == 1 else F.linear).unbind(1)
+    projected = project_inputs(cell, inputs, packed_linear if inputs.shape[1] == 1 else large_linear).unbind(1)
     is_token = [None] * len(projected) if padding is None else padding.mask.unsqueeze(-1).unbind(1)
     history = []
     for position in reversed(range(len(projected))) if reverse else range(len(projected)):
@@ -127,7 +128,7 @@ def _call_gru_function(inputs: torch.Tensor, state: State, weights: list[torch.T
     outputs, final = [], []
     for direction, hidden in enumerate(state):
         weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * direction : 4 * direction + 4]
-        projected = F.linear(inputs.flip(0) if direction == 1 else inputs, weight_ih, bias_ih)
+        projected = large_linear(inputs.flip(0) if direction == 1 else inputs, weight_ih, bias_ih)
         hiddens = run_gru(projected, hidden, weight_hh, bias_hh)
         outputs.append(hiddens.flip(0) if direction == 1 else hiddens)
         final.append(hiddens[-1])

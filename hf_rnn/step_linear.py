@@ -1,4 +1,4 @@
-"""Products of one weight with the states of many steps, in loops that are trained. Imports the packed products.
+"""Products of one weight with the states of many steps, in loops that are trained. Imports the products of oneDNN.
 
 In a loop over time autograd would, at each step, read the weight in an order that suits it badly and add a gradient of
 its size to the sum so far. Here the weight is packed once for the loop, and the factors of its gradient are kept, so
@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .fast_paths import may_take
+from .large_products import large_linear
 from .packed_linear import can_pack, multiply, pack
 from .recurrent_cells import Linear
 
@@ -46,7 +47,7 @@ class _Collect(torch.autograd.Function):
     def backward(ctx, _):
         inputs, gradients = torch.cat(ctx.weights.inputs), torch.cat(ctx.weights.gradients)
         ctx.weights.inputs, ctx.weights.gradients = [], []
-        of_weight = gradients.t() @ inputs if ctx.needs_input_grad[0] else None
+        of_weight = large_linear(gradients.t(), inputs.t()) if ctx.needs_input_grad[0] else None
         return of_weight, gradients.sum(0) if ctx.has_bias else None, None
 
 

@@ -1,15 +1,19 @@
 """The cross-entropy of a projection to a vocabulary, without all logits in memory at once.
 
-Imports nothing of the package.
+Imports the products.
 """
 
 import math
 
 import torch
 
+from .large_products import large_linear, takes_onednn
+
 
 # A chunk of logits holds as many numbers as the weight (whose gradient needs that memory anyway), but at least these.
 MIN_CHUNK_SIZE = 2**22
+# Words whose gradients oneDNN makes at a time, because it cannot add to what is there.
+WORDS_AT_ONCE = 1024
 
 
 def chunk_length(num_rows: int, weight: torch.Tensor) -> int:
@@ -100,49 +104,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _sum_and_gradients(hidden_states, weight, bias, labels, dtype, needs_gradient):
     """The sum of the losses, and its gradients with respect to hidden states, weight and bias where they are needed."""
-    num_rows, vocab_size = len(labels), len(weight)
+    num_rows = len(labels)
     wide = torch.promote_types(dtype, torch.float32)
-    step = max(1, chunk_length(num_rows, weight))
+    step = chunk_length(num_rows, weight)
     total = hidden_states.new_zeros((), dtype=wide)
     grad_hidden = torch.empty_like(hidden_states) if needs_gradient[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient[1] else None
     grad_bias = torch.zeros_like(bias, dtype=wide) if needs_gradient[2] else None
     narrow_weight = weight.to(dtype)
     narrow_bias = None if bias is None else bias.to(dtype)
-    buffer = hidden_states.new_empty((min(step, num_rows), vocab_size), dtype=wide)
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        features, chunk_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
-        logits = buffer[: len(features)]
-        _linear(features, narrow_weight, narrow_bias, logits)
+
+    def add_rows(rows: slice) -> None:
+        """What some rows add; whatever has the size of their logits is gone afterwards."""
+        features, row_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
+        logits = large_linear(features, narrow_weight, narrow_bias).to(wide)
         highest = logits.amax(dim=-1, keepdim=True)
-        of_labels = logits.gather(-1, chunk_labels)
+        of_labels = logits.gather(-1, row_labels)
         probabilities = logits.sub_(highest).exp_()
         sums = probabilities.sum(dim=-1, keepdim=True)
-        total += (sums.log() + highest - of_labels).sum()
+        total.add_((sums.log() + highest - of_labels).sum())
         if not any(needs_gradient):
-            continue
+            return
         grad_logits = probabilities.div_(sums)
-        grad_logits.scatter_add_(-1, chunk_labels, torch.full_like(sums, -1))
+        grad_logits.scatter_add_(-1, row_labels, torch.full_like(sums, -1))
         if grad_bias is not None:
-            grad_bias += grad_logits.sum(dim=0)
+            grad_bias.add_(grad_logits.sum(dim=0))
         grad_logits = grad_logits.to(dtype)
         if grad_hidden is not None:
-            grad_hidden[rows] = grad_logits @ narrow_weight
-        if grad_weight is None:
-            continue
-        if dtype == wide:
-            grad_weight.addmm_(grad_logits.t(), features)
-        else:
-            grad_weight += grad_logits.t() @ features
+            grad_hidden[rows] = large_linear(grad_logits, narrow_weight.t())
+        if grad_weight is not None:
+            _add_of_weight(grad_weight, grad_logits, features)
+
+    for start in range(0, num_rows, max(1, step)):
+        add_rows(slice(start, start + step))
     return total, (grad_hidden, grad_weight, grad_bias)
 
 
-def _linear(features, weight, bias, out):
-    """`torch.nn.functional.linear` into `out`, whose type may be wider."""
-    if out.dtype != features.dtype:
-        out.copy_(torch.nn.functional.linear(features, weight, bias))
-    elif bias is None:
-        torch.mm(features, weight.t(), out=out)
+def _add_of_weight(total, grad_logits, features):
+    """Adds the product of `grad_logits` `[rows, vocab_size]`, transposed, and `features` `[rows, size]`."""
+    if takes_onednn(grad_logits.t(), features.t()):
+        for part, words in zip(total.split(WORDS_AT_ONCE), grad_logits.t().split(WORDS_AT_ONCE)):
+            part += large_linear(words, features.t())
+    elif total.dtype == grad_logits.dtype:
+        total.addmm_(grad_logits.t(), features)
     else:
-        torch.addmm(bias, features, weight.t(), out=out)
+        total += grad_logits.t() @ features

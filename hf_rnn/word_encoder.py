@@ -2,7 +2,8 @@
 
 A word begins at a token that is not marked as a continuation (`##` in the tokenizers of words). The recurrent layers
 read the words of a row one behind the other; what they make of a word is shown at each of its tokens. So the tokens go
-through tokenizers, collators and pipelines like the sub-words of any other model. Imports the layer and the padding.
+through tokenizers, collators and pipelines like the sub-words of any other model. Imports the layer, the padding
+and the products.
 """
 
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .large_products import apply_linear
 from .packed_sequences import PackedPadding
 from .recurrent_layer import RecurrentLayer
 from .recurrent_onnx import in_scan
@@ -217,7 +219,7 @@ class CharacterConvolution(nn.Module):
             place = (positions + offset).clamp(min=0).minimum(positions[-1:])
             is_near = valid[:, place] & (number[:, place] == number) & (place == positions + offset)
             around.append(tokens[:, place] * is_near.unsqueeze(-1))
-        values = self.filters(torch.cat(around, dim=-1))
+        values = apply_linear(self.filters, torch.cat(around, dim=-1))
         values = values.masked_fill(~valid.unsqueeze(-1), torch.finfo(values.dtype).min)
         index = number.unsqueeze(-1).expand_as(values)
         greatest = values.new_zeros(*words.first.shape, values.shape[-1])

@@ -673,7 +673,6 @@ INDEPENDENT = {
     "recurrent_cells",
     "recurrent_padding",
     "seq2seq_losses",
-    "vocabulary_loss",
 }
 
 
@@ -683,6 +682,7 @@ RUNNING = {
     "packed_sequences",
     "deferred_logits",
     "gru_function",
+    "large_products",
     "packed_linear",
     "recurrent_gates",
     "recurrent_kernels",
@@ -691,6 +691,7 @@ RUNNING = {
     "recurrent_operator",
     "recurrent_segments",
     "step_linear",
+    "vocabulary_loss",
 }
 
 

@@ -1,0 +1,86 @@
+"""Large matrix products in float32 on CPUs, by oneDNN. Imports the packed products.
+
+Torch takes another library for them, which reaches about half of that on many CPUs.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .fast_paths import may_take
+from .packed_linear import can_pack, multiply, packed_linear
+
+
+# Multiplications of a product, and the shortest of its three sides, from which on oneDNN is the faster one.
+LARGE, SHORTEST = 2**21, 32
+# More rows read a weight often enough without a copy of it.
+MANY_ROWS = 1024
+
+
+def is_large(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a product of `inputs` `(..., in)` and a weight `[out, in]` is worth the call."""
+    width_out, width_in = weight.shape
+    rows = inputs.numel() // max(width_in, 1)
+    return min(rows, width_in, width_out) >= SHORTEST and rows * weight.numel() >= LARGE
+
+
+def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether [`large_linear`] takes oneDNN."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        # Neither what is sharded or quantised, nor what a transformation of functions wraps.
+        and type(inputs) in (torch.Tensor, nn.Parameter)
+        and type(weight) in (torch.Tensor, nn.Parameter)
+        and not getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
+        and inputs.dtype == torch.float32
+        and may_take("large_products")
+        and is_large(inputs, weight)
+        and can_pack(inputs, weight)
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, weight, bias):
+        ctx.save_for_backward(inputs, weight)
+        return multiply(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        with torch.autocast("cpu", enabled=False):
+            of_inputs = large_linear(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+            of_weight = large_linear(rows.t(), inputs.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        return of_inputs, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def large_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` of inputs `(..., in)` and a weight `[out, in]`, with gradients of any order."""
+    if not takes_onednn(inputs, weight):
+        return F.linear(inputs, weight, bias)
+    needs_graph = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (inputs, weight, bias)
+    )
+    return (_Linear.apply if needs_graph else multiply)(inputs, weight, bias)
+
+
+def apply_linear(module: nn.Module, inputs: torch.Tensor, step_linear=None) -> torch.Tensor:
+    """
+    `module(inputs)` on the fastest path where it is just an `nn.Linear` (no adapter, no hook): on `step_linear` where
+    that is given and there are few rows, as in the steps of a loop.
+    """
+    # A graph is not to depend on the number of rows.
+    is_plain = (
+        type(module) is nn.Linear
+        and not torch.compiler.is_compiling()
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+    if not is_plain:
+        return module(inputs)
+    linear = (large_linear if torch.is_grad_enabled() else packed_linear) if step_linear is None else step_linear
+    if inputs.numel() > MANY_ROWS * module.in_features:
+        linear = large_linear
+    return linear(inputs, module.weight, module.bias)

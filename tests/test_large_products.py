@@ -1,0 +1,148 @@
+"""Large products by oneDNN: the same numbers and gradients, where they are taken, and in which cases not."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_rnn import large_products, loop_only, packed_linear, without_fast_paths
+from hf_rnn.large_products import apply_linear, large_linear
+from matrix import cases, make_model
+from test_laws_paths import assert_same, padded_inputs, results_of
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """
+    Every product in every type is taken for a large one, and the shapes of those that oneDNN would be asked for: what
+    is tested is what the library makes of them. What oneDNN makes of them is tested where it has them.
+    """
+    shapes = []
+
+    def multiply(inputs, weight, bias=None):
+        shapes.append((tuple(inputs.shape), tuple(weight.shape)))
+        return F.linear(inputs, weight, bias)
+
+    def takes_onednn(inputs, weight):
+        return large_products.may_take("large_products") and type(weight) in (torch.Tensor, nn.Parameter)
+
+    monkeypatch.setattr(large_products, "multiply", multiply)
+    monkeypatch.setattr(large_products, "takes_onednn", takes_onednn)
+    monkeypatch.setattr("hf_rnn.vocabulary_loss.takes_onednn", takes_onednn)
+    return shapes
+
+
+def make_arguments(*shape, dtype=torch.float64):
+    return (
+        torch.randn(*shape, 4, dtype=dtype, requires_grad=True),
+        torch.randn(5, 4, dtype=dtype, requires_grad=True),
+        torch.randn(5, dtype=dtype, requires_grad=True),
+    )
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 3)], ids=str)
+def test_gradients(taken, shape):
+    """Of the first and the second order, with and without a bias, and of each argument alone."""
+    inputs, weight, bias = make_arguments(*shape)
+    assert torch.equal(large_linear(inputs, weight, bias), F.linear(inputs, weight, bias))
+    for arguments in ((inputs, weight, bias), (inputs, weight)):
+        assert torch.autograd.gradcheck(large_linear, arguments)
+        assert torch.autograd.gradgradcheck(large_linear, arguments)
+        for index in range(len(arguments)):
+            leaves = [leaf.detach().requires_grad_(index == number) for number, leaf in enumerate(arguments)]
+            assert torch.autograd.gradcheck(large_linear, leaves)
+    assert taken
+
+
+def test_nothing_is_kept_without_gradients(taken):
+    inputs, weight, bias = make_arguments(3)
+    with torch.no_grad():
+        assert large_linear(inputs, weight, bias).grad_fn is None
+    assert large_linear(*(leaf.detach() for leaf in (inputs, weight, bias))).grad_fn is None
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize(("name", "options"), cases(), ids=str)
+def test_models(taken, name, options):
+    """Outputs, loss and every gradient of a model in training mode, without torch's kernels and with them."""
+    model = make_model(name, **options)
+    inputs = padded_inputs(name)
+    with loop_only():
+        expected = results_of(model, inputs)
+    assert not taken
+    for others in ([], ["torch_kernel"], ["chunked_loss"]):
+        with without_fast_paths("packed_linear", *others):
+            actual = results_of(model, inputs)
+        assert_same(actual, expected, f"{name}, {options}, without {others}", rtol=1e-9, atol=1e-10)
+    assert taken or name != "RNNForCausalLM"
+
+
+def test_a_vocabulary_in_parts(taken, monkeypatch):
+    """The gradient of the projection is made for a few words at a time and covers all of them."""
+    from hf_rnn.vocabulary_loss import linear_cross_entropy
+
+    monkeypatch.setattr("hf_rnn.vocabulary_loss.WORDS_AT_ONCE", 2)
+    monkeypatch.setattr("hf_rnn.vocabulary_loss.chunk_length", lambda num_rows, weight: 3)
+    arguments, labels = make_arguments(7), torch.arange(7) % 5
+    actual = torch.autograd.grad(linear_cross_entropy(*arguments, labels), arguments)
+    assert ((2, 3), (4, 3)) in taken
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(*arguments), labels), arguments)
+    for pair in zip(actual, expected):
+        torch.testing.assert_close(*pair)
+
+
+def test_which_products_are_taken(monkeypatch):
+    """Large ones in float32 where oneDNN is faster, which no other program has its hands on."""
+    monkeypatch.setattr(packed_linear, "packing_pays", lambda dtype: True)
+    inputs, weight = torch.zeros(4, 32, 128), nn.Parameter(torch.zeros(128, 128))
+    takes = large_products.takes_onednn
+    assert takes(inputs, weight)
+    assert takes(weight.t(), inputs.flatten(0, 1).t())
+    assert not takes(inputs[:3], weight)
+    assert not takes(torch.zeros(31, 2048), torch.zeros(2048, 2048))
+    assert not takes(torch.zeros(2048, 31), torch.zeros(2048, 31))
+    assert not takes(inputs.double(), weight.double())
+    assert not takes(inputs.bfloat16(), weight.bfloat16())
+    assert not takes(torch.zeros(4, 32, 128, device="meta"), weight)
+    with without_fast_paths("large_products"):
+        assert not takes(inputs, weight)
+    with torch.autocast("cpu"):
+        assert not takes(inputs, weight)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(takes(row, weight.detach())) or row)(inputs[None].expand(2, -1, -1, -1))
+    assert seen == [False]
+
+
+def test_onednn():
+    """What it computes, from arguments that do not lie in one piece too."""
+    if not packed_linear.packing_pays(torch.float32):
+        pytest.skip("oneDNN is not there, or it is slower.")
+    inputs, weight, bias = torch.randn(300, 4, 70)[::2], torch.randn(90, 140)[:, ::2], torch.randn(90)
+    leaves = [leaf.detach().requires_grad_() for leaf in (inputs, weight, bias)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    assert large_products.takes_onednn(*leaves[:2])
+    outputs, expected = large_linear(*leaves), F.linear(*wide)
+    gradient = torch.randn(4, 150, 90).transpose(0, 1)
+    for actual, exact in zip(
+        [outputs, *torch.autograd.grad(outputs, leaves, gradient)],
+        [expected, *torch.autograd.grad(expected, wide, gradient.double())],
+    ):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_modules_with_something_around_them_are_called(taken):
+    """An adapter or a hook has its say."""
+    module, inputs = nn.Linear(4, 5, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64)
+    plain = apply_linear(module, inputs)
+    assert len(taken) == 1
+    module.register_forward_hook(lambda module, arguments, output: output + 1)
+    torch.testing.assert_close(apply_linear(module, inputs), plain + 1)
+
+    class Adapted(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs) + 2
+
+    adapted = Adapted(4, 5, dtype=torch.float64)
+    adapted.load_state_dict(module.state_dict())
+    torch.testing.assert_close(apply_linear(adapted, inputs), plain + 2)
+    assert len(taken) == 1
