@@ -63,6 +63,11 @@ def merge_heads(features: torch.Tensor) -> torch.Tensor:
     return features.transpose(1, 2).flatten(2)
 
 
+def call_module(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """`module(inputs)`."""
+    return module(inputs)
+
+
 class AttentionScore(nn.Module):
     r"""
     How well a query and a key fit. The base class is the dot product; subclasses change the projections of queries and
@@ -76,6 +81,8 @@ class AttentionScore(nn.Module):
 
     # Whether the score reads the weights of the position before, by `weight_features`; positions then come one by one.
     needs_previous_weights = False
+    # How the linear maps of a score are called; whoever knows a faster way sets it.
+    apply_linear = staticmethod(call_module)
 
     def __init__(self, query_size: int, key_size: int, num_heads: int = 1):
         super().__init__()
@@ -143,7 +150,7 @@ class DotScore(AttentionScore):
         self.key = nn.Linear(key_size, query_size, bias=False) if key_size != query_size else None
 
     def project_keys(self, keys):
-        return keys if self.key is None else self.key(keys)
+        return keys if self.key is None else self.apply_linear(self.key, keys)
 
 
 class ScaledDotScore(DotScore):
@@ -170,7 +177,7 @@ class GeneralScore(AttentionScore):
         return self.key_size
 
     def project_queries(self, queries):
-        return self.query(queries)
+        return self.apply_linear(self.query, queries)
 
 
 class LocalScore(GeneralScore):
@@ -204,7 +211,7 @@ class LocalScore(GeneralScore):
         _init_vector(self.vector, self.num_heads)
 
     def project_queries(self, queries):
-        parts = (self.query(queries), torch.tanh(self.position(queries)))
+        parts = (self.apply_linear(self.query, queries), torch.tanh(self.apply_linear(self.position, queries)))
         # The parts of a head lie side by side, where `split_heads` leaves them together.
         return torch.cat([part.unflatten(-1, (self.num_heads, -1)) for part in parts], dim=-1).flatten(-2)
 
@@ -307,10 +314,10 @@ class AdditiveScore(AttentionScore):
         _init_vector(self.vector, self.num_heads)
 
     def project_queries(self, queries):
-        return self.query(queries)
+        return self.apply_linear(self.query, queries)
 
     def project_keys(self, keys):
-        return self.key(keys)
+        return self.apply_linear(self.key, keys)
 
     def weighing_vector(self) -> torch.Tensor:
         """The vector v `[heads, size / heads]`."""

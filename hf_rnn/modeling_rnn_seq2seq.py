@@ -253,6 +253,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             self.layers = make_layers(config, config.decoder_layers, input_size)
         self.bridge = StateBridge(config, len(self.layers[0].state_sizes))
         score = ATTENTION_SCORES[config.attention_score].from_config(config, hidden_size, memory_size)
+        score.apply_linear = apply_linear
         self.attention = Attention(score, config.use_coverage)
         self.cross_attentions = CrossAttentions()
         combined_size = {
