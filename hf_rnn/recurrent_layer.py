@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .fast_paths import loop_only
 from .packed_linear import begin_text
+from .packed_sequences import PackedPadding
 from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State
 from .recurrent_gates import Gates, run_with_gates
 from .recurrent_kernels import loop_linear, masked_step, project_inputs, run_sequence
@@ -22,6 +23,10 @@ from .recurrent_padding import Padding
 
 
 __all__ = ["Dropout", "GateValues", "HiddenStates", "Padding", "RecurrentLayer", "loop_only", "make_layers"]
+
+
+# Steps of a piece of time that is computed again as a whole.
+CHECKPOINTED_STEPS = 128
 
 
 class Dropout(nn.Dropout):
@@ -122,12 +127,47 @@ class RecurrentLayer(GradientCheckpointingLayer):
                 run = run_sequence_opaquely
         if needs_gates:
             run = run_with_gates
+        elif run is run_sequence and not needs_history and self._takes_pieces(inputs, padding):
+            outputs, state = self._run_in_pieces(inputs, state, padding, kept)
+            return self.recorded(self._add_residual(outputs, hidden_states)), state if needs_state else None, None
         outputs, state, history, *gates = self.within_cells(
             lambda cells: run(cells, inputs, state, padding, kept, needs_state, needs_history)
         )
         for values in gates:
             self.recorded_gates(values)
         return self.recorded(self._add_residual(outputs, hidden_states)), state if needs_state else None, history
+
+    def _takes_pieces(self, inputs: torch.Tensor, padding: Padding | None) -> bool:
+        """Whether a long text is read in pieces of time, so that its backward needs little memory."""
+        return (
+            self.gradient_checkpointing
+            and self.training
+            and torch.is_grad_enabled()
+            and inputs.shape[1] >= 2 * CHECKPOINTED_STEPS
+            and self.cell_reverse is None
+            and not isinstance(padding, PackedPadding)
+        )
+
+    def _run_in_pieces(
+        self, inputs: torch.Tensor, state: State, padding: Padding | None, kept: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, State]:
+        """
+        Outputs and final state. With gradient checkpointing a layer as a whole keeps nothing but its inputs, and
+        computes itself again in the backward; here it does that piece by piece, from the states in between.
+        """
+
+        def read(inputs, mask, *state):
+            padding = None if mask is None else Padding.from_attention_mask(mask, inputs)
+            outputs, state, _ = self.within_cells(lambda cells: run_sequence(cells, inputs, state, padding, kept))
+            return outputs, *state
+
+        outputs = []
+        for piece in inputs.split(CHECKPOINTED_STEPS, dim=1):
+            start = sum(output.shape[1] for output in outputs)
+            mask = None if padding is None else padding.mask[:, start : start + piece.shape[1]]
+            output, *state = self._gradient_checkpointing_func(read, piece, mask, *state)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), tuple(state)
 
     def step(
         self,

@@ -327,6 +327,39 @@ def test_gradient_checkpointing_changes_no_gradient(name):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_checkpointed_pieces_of_time(name, use_reentrant, monkeypatch):
+    """A long text is computed again piece by piece, with padding anywhere and dropout: nothing changes."""
+    monkeypatch.setattr("hf_rnn.recurrent_layer.CHECKPOINTED_STEPS", 3)
+    pieces, run = [], RecurrentLayer._run_in_pieces
+    monkeypatch.setattr(RecurrentLayer, "_run_in_pieces", lambda *args: pieces.append(1) or run(*args))
+    for options in options_of(name):
+        model = make_model(name, recurrent_dropout=0.3, hidden_dropout=0.3, **options).train()
+        one_way = [m for m in model.modules() if isinstance(m, RecurrentLayer) and m.cell_reverse is None]
+        inputs = make_inputs(name, options=options)
+        if "attention_mask" not in inputs and inputs["input_ids"].dim() == 2:
+            inputs["attention_mask"] = make_mask()
+        found = []
+        for enabled in (False, True):
+            if enabled:
+                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+                enable({"use_reentrant": use_reentrant})
+                model.enable_input_require_grads()
+            model.zero_grad()
+            pieces.clear()
+            torch.manual_seed(0)
+            loss = objective(model(**inputs, use_cache=False))
+            loss.backward()
+            if not enabled or not one_way:
+                assert not pieces
+            elif not is_seq2seq(name):
+                assert pieces, options
+            found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+        for actual, expected in zip(*found):
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+
+
 # Losses.
 
 
