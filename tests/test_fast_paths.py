@@ -133,6 +133,7 @@ def test_which_products_are_worth_a_copy():
     assert packed_linear.is_large(few, weight)
     assert packed_linear.is_large(one, nn.Parameter(torch.ones(2048, 512)))
     assert not packed_linear.is_large(few, nn.Parameter(torch.ones(511, 512)))
+    assert packed_linear.is_large(one.bfloat16(), weight.bfloat16())
 
 
 def test_a_small_product_needs_no_copy(packed, monkeypatch):
