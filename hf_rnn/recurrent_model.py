@@ -98,10 +98,11 @@ class RecurrentPreTrainedModel(CheckpointFiles, PreTrainedModel):
         }
 
     @classmethod
-    def maybe_distribute_model(cls, model, *args, **kwargs):
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
         """As in transformers; weights are shared before they are sharded, so that FSDP sees that they are one."""
-        model.tie_weights()
-        return super().maybe_distribute_model(model, *args, **kwargs)
+        if distributed_config is not None:
+            model.tie_weights()
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         super()._set_gradient_checkpointing(enable, checkpoint_nested(gradient_checkpointing_func), **kwargs)

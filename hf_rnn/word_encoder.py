@@ -135,11 +135,12 @@ class WordTable(nn.Module):
         super().__init__()
         self.word_dropout = word_dropout
         self.embed_words = nn.Embedding(num_words, embedding_size)
-        self.register_buffer("keys", torch.empty(num_words - 1, dtype=torch.long))
-        self.register_buffer("folded", torch.empty(vocab_size, dtype=torch.long))
+        # No word is known, no token has another one.
+        self.register_buffer("keys", torch.full((num_words - 1,), torch.iinfo(torch.long).max))
+        self.register_buffer("folded", torch.arange(vocab_size))
 
     def init_weights(self, config) -> None:
-        """No word is known, no token has another one."""
+        """As it was made, for a table that comes from the meta device."""
         init.constant_(self.keys, torch.iinfo(torch.long).max)
         init.copy_(self.folded, torch.arange(len(self.folded), device=self.folded.device))
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 import hf_rnn
 from hf_rnn import REGISTRATION, RNNSeq2SeqConfig
@@ -150,6 +151,18 @@ def test_every_new_weight_starts_as_configured(name, poison):
                 torch.arange(VOCAB_SIZE) if buffer_name.endswith("table.folded") else torch.full((11,), 2**63 - 1)
             )
             assert torch.equal(buffer, expected), buffer_name
+
+
+@over_classes
+def test_buffers_hold_their_start_without_initialisation(name):
+    """A module that is made while initialisation is off, or outside of a model, has no buffer of bare memory."""
+    for options in options_of(name):
+        with no_init_weights():
+            model = MODEL_CLASSES[name][1](make_config(name, **options))
+        expected = dict(MODEL_CLASSES[name][1](make_config(name, **options)).named_buffers())
+        assert dict(model.named_buffers()).keys() == expected.keys()
+        for buffer_name, buffer in model.named_buffers():
+            assert torch.equal(buffer, expected[buffer_name]), buffer_name
 
 
 @over_classes
