@@ -38,6 +38,7 @@ from hf_rnn import RNNConfig
 from hf_rnn.training import (
     first_continuation_id,
     frequent_words,
+    ids_without_label,
     make_word_tokenizer,
     read_word_vectors,
     set_word_table,
@@ -283,7 +284,9 @@ def make_model(
                 fields["word_vocab_size"] = len(words) + 1 if words else 0
             width = 100 if vectors is None else vectors.shape[1]
             fields["word_embedding_size"] = args.word_embedding_size or width
-        elif args.vectors_file is not None:
+        elif args.use_crf:
+            fields["crf_ignored_ids"] = ids_without_label(tokenizer)
+        if args.word_encoder is None and args.vectors_file is not None:
             raise ValueError("--vectors_file is for words, which there are none of without a --word_encoder")
         fields |= json.loads(args.config_overrides or "{}")
         config = RNNConfig(

@@ -87,6 +87,11 @@ class RNNConfig(AnyLength, CheckedOnLoading, PreTrainedConfig):
             or `"bilou"` says of the names in `id2label`, for example that I-PER only stands behind B-PER and I-PER;
             `"auto"`, the one of these that all the names fit, if any; or `"none"`. Labels of the older scheme IOB1
             look like `"bio"` and need `"none"`.
+        crf_ignored_ids (`list[int]`, *optional*):
+            Token ids that such a field leaves out where neither labels nor a `chain_mask` say what it covers, as in a
+            pipeline: those which have no label in the training data, such as special tokens and the sub-words behind
+            the first one of a word. `hf_rnn.training.ids_without_label` lists them. Not for a `word_encoder`, where
+            the first token of each word is covered.
         id2intent (`dict[int, str]`, *optional*):
             Names of the intents that [`RNNForTokenClassification`] chooses from for a whole text, beside the label of
             each token; no intents where not given. `pooling` says how the text becomes one vector. The other heads
@@ -147,6 +152,7 @@ class RNNConfig(AnyLength, CheckedOnLoading, PreTrainedConfig):
     question_attention: str | None = None
     use_crf: bool = False
     crf_constraints: str = "auto"
+    crf_ignored_ids: list[int] | None = None
     id2intent: dict[int, str] | dict[str, str] | None = None
     initializer_range: float | int | None = None
     forget_gate_bias: float | int = 1.0
@@ -187,6 +193,19 @@ class RNNConfig(AnyLength, CheckedOnLoading, PreTrainedConfig):
                 )
         if self.use_crf:
             forbidden_steps(self.label_names, self.crf_constraints)
+        self.validate_ignored_ids()
+
+    def validate_ignored_ids(self):
+        """Raises `ValueError` where `crf_ignored_ids` are no token ids, or where nothing reads them."""
+        if self.crf_ignored_ids is None:
+            return
+        wrong = [index for index in self.crf_ignored_ids if index < 0]
+        if wrong:
+            raise ValueError(f"`crf_ignored_ids` must be token ids of at least 0, got {wrong[:5]}.")
+        if self.word_encoder is not None:
+            raise ValueError(
+                "`crf_ignored_ids` must be None where `word_encoder` is set, which tells what begins a word."
+            )
 
     def validate_words(self):
         """Raises `ValueError` where the fields of `word_encoder` are out of range or do not fit together."""

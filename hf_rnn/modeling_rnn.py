@@ -539,9 +539,8 @@ class RNNForTokenClassification(PoolingHead):
     beside it:
 
     - In the chain are the tokens that are not padding, with `labels` those that have one: sub-words and special tokens
-      with the label -100 are skipped, and the tokens beside them follow each other. Without labels all tokens are in
-      the chain, unless a `chain_mask` says which are; a pipeline gives none, and a model for it is best trained with
-      labels for all tokens, O for special ones and the inside of a span for sub-words.
+      with the label -100 are skipped, and the tokens beside them follow each other. Without labels a `chain_mask` says
+      which are in the chain; without that, as in a pipeline, all are but those of `config.crf_ignored_ids`.
     - The logits are made for software that knows nothing of chains. The largest one at each token of the chain is that
       of the best path (Viterbi), so that `logits.argmax(-1)`, `pipeline("token-classification")` and the
       `compute_metrics` of a `Trainer` find it; they are the logarithms of the marginal probabilities of the labels,
@@ -560,7 +559,11 @@ class RNNForTokenClassification(PoolingHead):
         self.model = RNNModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier = nn.Linear(config.output_size, config.num_labels)
-        self.crf = None
+        self.crf, self.ignored = None, None
+        if config.use_crf and config.crf_ignored_ids:
+            # No buffer, see [`LinearChainCRF`]. The last place stands for tokens that are added.
+            self.ignored = torch.zeros(config.vocab_size + 1, dtype=torch.bool, device="cpu")
+            self.ignored[[index for index in config.crf_ignored_ids if index < config.vocab_size]] = True
         if config.use_crf:
             self.crf = LinearChainCRF(config.num_labels, forbidden_steps(config.label_names, config.crf_constraints))
         self.pooling, self.intent_classifier = None, None
@@ -618,7 +621,7 @@ class RNNForTokenClassification(PoolingHead):
         read_mask = attention_mask if words is None else words.starts
         num_items, loss = kwargs.get("num_items_in_batch"), None
         if self.crf is not None:
-            chain = self.chain_of(logits, read_mask, chain_mask, labels)
+            chain = self.chain_of(logits, read_mask, chain_mask, labels, input_ids)
             starts = find_text_starts(position_ids, *logits.shape[:2], attention_mask)
             if labels is not None:
                 loss = -self.crf(lambda crf: crf.log_likelihood(logits, labels, chain, starts)).sum()
@@ -679,7 +682,7 @@ class RNNForTokenClassification(PoolingHead):
         words = self.model.find_words(input_ids, attention_mask, position_ids)
         read_mask = attention_mask if words is None else words.starts
         emissions = self.classifier(self.dropout(hidden_states))
-        chain = emissions, self.chain_of(emissions, read_mask, chain_mask)
+        chain = emissions, self.chain_of(emissions, read_mask, chain_mask, input_ids=input_ids)
         chain = *chain, find_text_starts(position_ids, *emissions.shape[:2], attention_mask)
 
         def run(crf: LinearChainCRF):
@@ -711,8 +714,12 @@ class RNNForTokenClassification(PoolingHead):
         read_mask: torch.Tensor | None = None,
         chain_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """True at the tokens `(batch, seq)` that are in the chain of labels, of those that were read."""
+        if self.ignored is not None and input_ids is not None and chain_mask is None and labels is None:
+            ignored = self.ignored.to(input_ids.device)
+            chain_mask = ~ignored[input_ids.clamp(max=len(ignored) - 1)]
         chain = emissions.new_ones(emissions.shape[:2], dtype=torch.bool)
         for name, values in {"chain_mask": chain_mask, "labels": labels}.items():
             if values is not None and values.shape != chain.shape:

@@ -65,8 +65,8 @@ def can_pack(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-# Numbers read from a weight of float32 below which a call of oneDNN takes longer to set up than it saves. A single row is
-# quick to multiply in the plain layout, too, as long as the weight stays near to the processor.
+# Numbers read from a weight of float32 below which a call of oneDNN takes longer to set up than it saves. A single row
+# is quick to multiply in the plain layout, too, as long as the weight stays near to the processor.
 LARGE, LARGE_FOR_ONE_ROW = 2**19, 2**20
 
 

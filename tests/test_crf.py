@@ -10,8 +10,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch.library import opcheck
-from transformers import AutoModelForTokenClassification, Trainer, pipeline
+from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast, Trainer, pipeline
 
 from clients import SENTENCES, make_tokenizer, save_checkpoint
 from hf_rnn import (
@@ -25,6 +26,7 @@ from hf_rnn import (
 from hf_rnn.crf import LinearChainCRF
 from hf_rnn.crf_operators import chain_best_paths, chain_sums, chain_sums_backward
 from hf_rnn.label_schemes import forbidden_steps
+from hf_rnn.training import ids_without_label
 from matrix import INTENTS, SPANS, make_inputs, make_intents, make_mask, make_model, make_tokens
 from reference import all_paths
 from test_compile import compare, fresh_compiler, random_mask  # noqa: F401
@@ -582,6 +584,39 @@ def test_decode():
         make_model(NAME).decode(inputs["input_ids"])
 
 
+def test_tokens_without_a_label_are_left_out():
+    """What the configuration names is not in the chain where neither labels nor a mask say what is."""
+    ignored = [3, 11, 500]
+    model, inputs, mask = make_model(NAME, **WITH_CRF, crf_ignored_ids=ignored), make_inputs(NAME), make_mask()
+    tokens = inputs["input_ids"]
+    tokens[0, 2], tokens[1, 4], tokens[2, 0] = 11, 3, 3
+    inside = ~torch.isin(tokens, torch.tensor(ignored))
+    assert 0 < inside.sum() < inside.numel()
+    torch.testing.assert_close(model(tokens, mask).logits, model(tokens, mask, chain_mask=inside).logits)
+    decoded = model.decode(tokens, mask)
+    assert ((decoded.paths[:, 0] != -100) == (mask.bool() & inside)).all()
+    assert_close(decoded.marginals, model.decode(tokens, mask, chain_mask=inside).marginals)
+    # Who says what is in the chain is believed.
+    everything = torch.ones_like(tokens)
+    assert (model.decode(tokens, mask, chain_mask=everything).paths[:, 0][mask.bool()] != -100).all()
+    plain = make_model(NAME, **WITH_CRF)
+    plain.load_state_dict(model.state_dict())
+    labels = inputs["labels"]
+    assert_close(model(tokens, mask, labels=labels).loss, plain(tokens, mask, labels=labels).loss)
+    assert_close(
+        model(attention_mask=mask, inputs_embeds=model.get_input_embeddings()(tokens)).logits,
+        plain(tokens, mask).logits,
+    )
+    # Tokens that are added later have labels.
+    model.resize_token_embeddings(600)
+    tokens[3, 3] = 500
+    assert model.decode(tokens, everything).paths[3, 0, 3] != -100
+    with pytest.raises(ValueError, match=r"`crf_ignored_ids` must be token ids of at least 0, got \[-1\]"):
+        RNNConfig(use_crf=True, crf_ignored_ids=[3, -1])
+    with pytest.raises(ValueError, match="`crf_ignored_ids` must be None where `word_encoder` is set"):
+        RNNConfig(use_crf=True, crf_ignored_ids=[3], word_encoder="cnn", first_continuation_id=5)
+
+
 def test_other_heads_ignore_the_field():
     plain = make_model("RNNForSequenceClassification")
     other = make_model("RNNForSequenceClassification", use_crf=True, id2label=SPANS, **INTENTS)
@@ -627,7 +662,9 @@ def test_compiled_by_the_default_compiler():
             compare(model, compiled, inputs | {"attention_mask": random_mask(batch, seq)})
 
 
-@pytest.mark.parametrize("options", [WITH_CRF, JOINT], ids=["crf", "joint"])
+@pytest.mark.parametrize(
+    "options", [WITH_CRF, JOINT, WITH_CRF | {"crf_ignored_ids": [4, 7, 9]}], ids=["crf", "joint", "ignored"]
+)
 def test_exported_program(options):
     from hf_rnn.export.graphs import make_graphs
     from hf_rnn.export.onnx_files import to_exported_program
@@ -643,7 +680,9 @@ def test_exported_program(options):
 
 
 @pytest.mark.parametrize(
-    "options", [JOINT, pytest.param({"use_crf": True}, marks=pytest.mark.slow)], ids=["joint", "crf"]
+    "options",
+    [JOINT | {"crf_ignored_ids": [4, 7, 9]}, pytest.param({"use_crf": True}, marks=pytest.mark.slow)],
+    ids=["joint", "crf"],
 )
 def test_runs_in_onnx(options, tmp_path):
     needs_onnx()
@@ -704,6 +743,61 @@ def test_pipeline_finds_the_best_path(strategy, tmp_path):
                 spans.append((label[2:], [word]))
         assert [(entity["entity_group"], entity["word"].split()) for entity in entities] == spans
     assert differs
+
+
+def make_sub_word_tokenizer(kind: str, texts: list[str]):
+    """Of a few tokens, such that most words are several, with special tokens around the text."""
+    model = {
+        "wordpiece": models.WordPiece(unk_token="<unk>"),
+        "bytes": models.BPE(),
+        "unigram": models.Unigram(),
+    }[kind]
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(model)
+    trainer = {"wordpiece": trainers.WordPieceTrainer, "bytes": trainers.BpeTrainer, "unigram": trainers.UnigramTrainer}
+    tokenizer.pre_tokenizer = {
+        "wordpiece": pre_tokenizers.Whitespace(),
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=True),
+        "unigram": pre_tokenizers.Metaspace(),
+    }[kind]
+    options = {"unk_token": "<unk>"} if kind == "unigram" else {}
+    tokenizer.train_from_iterator(texts, trainer[kind](vocab_size=45, special_tokens=special, **options))
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        add_prefix_space=True,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bytes", "unigram"])
+def test_pipeline_reads_labels_of_words(kind, tmp_path):
+    """Special tokens and the rest of words have no label: the path goes through the first tokens of words."""
+    tokenizer = make_sub_word_tokenizer(kind, SENTENCES * 3)
+    ignored = ids_without_label(tokenizer)
+    assert {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} < set(ignored)
+    assert tokenizer.unk_token_id not in ignored
+    names = dict(enumerate(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))
+    options = {"bidirectional": True, "id2label": names, "use_crf": True, "crf_ignored_ids": ignored}
+    folder = save_checkpoint(tmp_path, NAME, tokenizer, vocab_size=len(tokenizer), **options)
+    model = AutoModelForTokenClassification.from_pretrained(folder)
+    assert model.config.crf_ignored_ids == ignored
+    tagger = pipeline("token-classification", model=folder, device="cpu", aggregation_strategy="first")
+    for sentence in SENTENCES:
+        encoded = tokenizer(sentence.split(), is_split_into_words=True, return_tensors="pt")
+        words = encoded.word_ids()
+        firsts = [word is not None and word != before for word, before in zip(words, [None, *words])]
+        assert sum(firsts) == len(sentence.split()) < len(firsts) - 2
+        path = model.decode(**encoded, chain_mask=torch.tensor([firsts])).paths[0, 0]
+        assert torch.equal(model.decode(**encoded).paths[0, 0], path)
+        if kind == "wordpiece":  # of the others pipelines have to guess where words begin
+            spans = sum(names.get(label, "").startswith("B-") for label in path.tolist())
+            assert len(tagger(sentence)) == spans
 
 
 def make_trainer(folder, model, examples, **options):

@@ -1,6 +1,7 @@
 """Helpers for training, which no checkpoint needs."""
 
 from .carried_state import CarriedStateTrainer, StreamBlocks
+from .labelled_tokens import ids_without_label
 from .scheduled_sampling import ScheduledSampling
 from .word_vectors import WordVectors, place_word_vectors, read_word_vectors, words_of_tokens
 from .words import first_continuation_id, fold_word, frequent_words, make_word_tokenizer, set_word_table, whole_words
@@ -14,6 +15,7 @@ __all__ = [
     "first_continuation_id",
     "fold_word",
     "frequent_words",
+    "ids_without_label",
     "make_word_tokenizer",
     "place_word_vectors",
     "read_word_vectors",
