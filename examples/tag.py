@@ -82,7 +82,10 @@ class ModelArguments(RecurrenceArguments):
     bidirectional: bool = field(default=True, metadata={"help": "Whether sentences are read both ways."})
     use_crf: bool = field(default=True, metadata={"help": "Tags by the best path (a conditional random field)."})
     word_encoder: str | None = field(
-        default="cnn", metadata={"help": "What reads the bytes of a word: cnn, lstm, gru, rnn_tanh, rnn_relu."}
+        default="cnn",
+        metadata={
+            "help": "What reads the bytes of a word: cnn, lstm, gru, rnn_tanh, rnn_relu, or none."
+        },
     )
     embedding_size: int = field(default=32, metadata={"help": "Width of the embeddings of bytes (or of sub-words)."})
     word_encoder_size: int = field(default=100, metadata={"help": "Width of what is made of the bytes of a word."})
@@ -275,9 +278,11 @@ def make_model(
         "all_vectors",
     )
     fields |= {name: value for name, value in vars(args).items() if name not in not_in_config}
+    if args.word_encoder in (None, "none"):
+        fields["word_encoder"] = None
     words, vectors = [], None
     try:
-        if args.word_encoder is not None:
+        if fields["word_encoder"] is not None:
             fields["first_continuation_id"] = first_continuation_id(tokenizer)
             if args.max_words != 0:
                 words, vectors = known_words(args, sentences)
@@ -286,7 +291,7 @@ def make_model(
             fields["word_embedding_size"] = args.word_embedding_size or width
         elif args.use_crf:
             fields["crf_ignored_ids"] = ids_without_label(tokenizer)
-        if args.word_encoder is None and args.vectors_file is not None:
+        if fields["word_encoder"] is None and args.vectors_file is not None:
             raise ValueError("--vectors_file is for words, which there are none of without a --word_encoder")
         fields |= json.loads(args.config_overrides or "{}")
         config = RNNConfig(
