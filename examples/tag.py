@@ -83,9 +83,7 @@ class ModelArguments(RecurrenceArguments):
     use_crf: bool = field(default=True, metadata={"help": "Tags by the best path (a conditional random field)."})
     word_encoder: str | None = field(
         default="cnn",
-        metadata={
-            "help": "What reads the bytes of a word: cnn, lstm, gru, rnn_tanh, rnn_relu, or none."
-        },
+        metadata={"help": "What reads the bytes of a word: cnn, lstm, gru, rnn_tanh, rnn_relu, or none."},
     )
     embedding_size: int = field(default=32, metadata={"help": "Width of the embeddings of bytes (or of sub-words)."})
     word_encoder_size: int = field(default=100, metadata={"help": "Width of what is made of the bytes of a word."})
