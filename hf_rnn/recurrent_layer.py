@@ -117,7 +117,9 @@ class RecurrentLayer(GradientCheckpointingLayer):
         inputs = F.dropout(hidden_states, self.input_dropout) if drops else hidden_states
         if state is None:
             state = self.initial_state(inputs)
-        kept = [self.kept_units(inputs) for _ in self.cells] if self.training and self.recurrent_dropout > 0 else []
+        kept = []
+        if self.training:
+            kept = [units for units in (self.kept_units(inputs) for _ in self.cells) if units is not None]
         run = run_sequence
         if inputs.shape[1] > 1:
             if not torch.compiler.is_compiling():
