@@ -269,6 +269,7 @@ def test_every_field_of_the_config_is_an_option():
         "use_cache",
         "use_crf",
         "crf_constraints",
+        "crf_ignored_ids",
         "id2intent",
         "question_attention",
         "sep_token_id",

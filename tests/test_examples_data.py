@@ -387,6 +387,7 @@ class TestArguments:
         # For a causal model these have one value, or none.
         not_causal = {"bidirectional", "pooling", "classifier_dropout", "use_crf", "crf_constraints", "id2intent"}
         not_causal |= {"pooling_heads", "pooling_attention_size", "question_attention", "sep_token_id"}
+        not_causal |= {"crf_ignored_ids"}
         not_causal |= {
             "word_encoder",
             "first_continuation_id",
