@@ -287,10 +287,10 @@ def make_model(
                 fields["word_vocab_size"] = len(words) + 1 if words else 0
             width = 100 if vectors is None else vectors.shape[1]
             fields["word_embedding_size"] = args.word_embedding_size or width
+        elif args.vectors_file is not None:
+            raise ValueError("--vectors_file is for words, which there are none of without a --word_encoder")
         elif args.use_crf:
             fields["crf_ignored_ids"] = ids_without_label(tokenizer)
-        if fields["word_encoder"] is None and args.vectors_file is not None:
-            raise ValueError("--vectors_file is for words, which there are none of without a --word_encoder")
         fields |= json.loads(args.config_overrides or "{}")
         config = RNNConfig(
             **fields

@@ -163,10 +163,9 @@ class RecurrentLayer(GradientCheckpointingLayer):
             outputs, state, _ = self.within_cells(lambda cells: run_sequence(cells, inputs, state, padding, kept))
             return outputs, *state
 
-        outputs = []
-        for piece in inputs.split(CHECKPOINTED_STEPS, dim=1):
-            start = sum(output.shape[1] for output in outputs)
-            mask = None if padding is None else padding.mask[:, start : start + piece.shape[1]]
+        outputs, pieces = [], inputs.split(CHECKPOINTED_STEPS, dim=1)
+        masks = [None] * len(pieces) if padding is None else padding.mask.split(CHECKPOINTED_STEPS, dim=1)
+        for piece, mask in zip(pieces, masks, strict=True):
             output, *state = self._gradient_checkpointing_func(read, piece, mask, *state)
             outputs.append(output)
         return torch.cat(outputs, dim=1), tuple(state)
