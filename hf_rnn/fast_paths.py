@@ -14,6 +14,8 @@ FAST_PATHS = {
     "segments": "those kernels over padded batches on a CPU in pieces of time, for the rows that are not at their end",
     "gru_function": "a GRU over a whole sequence on a CPU as one autograd function on packed weights",
     "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
+    "recorded_loop": "on a GPU, loops over sequences recorded as CUDA graphs, once they have run in the same sizes",
+    "fused_steps": "in recorded loops, what lies between the products of a step fused by `torch.compile`",
     "large_products": "large products of float32 on a CPU by oneDNN, also in the layout of torch",
     "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the layout of oneDNN",
     "crf_products": "on a CPU the sums over paths of labels as products of matrices, where no number gets too small",

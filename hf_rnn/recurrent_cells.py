@@ -234,6 +234,23 @@ class LSTMCell(RecurrentCell):
         return output_gate * torch.tanh(cell), cell
 
 
+def project_inputs(cell: RecurrentCell, inputs: torch.Tensor, linear: Linear = F.linear) -> torch.Tensor:
+    """`cell.project_inputs(inputs)`, with `linear` for its product unless the cell has a projection of its own."""
+    if type(cell).project_inputs is not RecurrentCell.project_inputs:
+        return cell.project_inputs(inputs)
+    return linear(inputs, cell.weight_ih, cell.bias_ih)
+
+
+def masked_step(
+    cell: RecurrentCell, projected: torch.Tensor, state: State, is_token: torch.Tensor | None, linear: Linear = F.linear
+) -> State:
+    """One step of a cell that leaves the state of rows without a token `[batch, 1]` as it is."""
+    new_state = cell.step(projected, state, linear)
+    if is_token is None:
+        return new_state
+    return tuple(torch.where(is_token, new, old) for new, old in zip(new_state, state))
+
+
 RECURRENT_CELLS: dict[str, type[RecurrentCell]] = {
     "rnn_tanh": RNNTanhCell,
     "rnn_relu": RNNReLUCell,

@@ -16,7 +16,8 @@ from .gru_function import run_gru, takes_gru_function
 from .large_products import large_linear
 from .packed_linear import packed_linear
 from .packed_sequences import PackedPadding
-from .recurrent_cells import Linear, RecurrentCell, State
+from .recorded_loop import play_loop, takes_recording
+from .recurrent_cells import Linear, RecurrentCell, State, masked_step, project_inputs
 from .recurrent_padding import Padding, gather_positions
 from .recurrent_segments import Segments, find_segments, read_steps, show_steps
 from .step_linear import step_linear
@@ -25,23 +26,6 @@ from .step_linear import step_linear
 # cuDNN copies parameters that do not lie in one piece at each call, and says so each time; they are apart on purpose,
 # under their own names.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk of memory")
-
-
-def project_inputs(cell: RecurrentCell, inputs: torch.Tensor, linear: Linear = F.linear) -> torch.Tensor:
-    """`cell.project_inputs(inputs)`, with `linear` for its product unless the cell has a projection of its own."""
-    if type(cell).project_inputs is not RecurrentCell.project_inputs:
-        return cell.project_inputs(inputs)
-    return linear(inputs, cell.weight_ih, cell.bias_ih)
-
-
-def masked_step(
-    cell: RecurrentCell, projected: torch.Tensor, state: State, is_token: torch.Tensor | None, linear: Linear = F.linear
-) -> State:
-    """One step of a cell that leaves the state of rows without a token `[batch, 1]` as it is."""
-    new_state = cell.step(projected, state, linear)
-    if is_token is None:
-        return new_state
-    return tuple(torch.where(is_token, new, old) for new, old in zip(new_state, state))
 
 
 def run_loop(
@@ -272,7 +256,14 @@ def run_sequence(
         return outputs, final, (outputs.transpose(0, 1),) if needs_history else None
     results, histories = [], []
     for cell, states, reverse in _directions(cells, state):
-        linear = loop_linear(inputs, inputs.shape[1], kept[int(reverse)] if kept else None)
+        kept_here = kept[int(reverse)] if kept else None
+        if takes_recording(cell, inputs, needs_history):
+            mask = None if padding is None else padding.mask
+            played = play_loop(cell, inputs, states, mask, reverse, kept_here)
+            if played is not None:
+                results.append(played)
+                continue
+        linear = loop_linear(inputs, inputs.shape[1], kept_here)
         outputs, final, history = run_loop(cell, inputs, states, padding, reverse, linear)
         results.append((outputs, final))
         histories.append(history)

@@ -15,22 +15,30 @@ from .recurrent_cells import Linear
 
 
 class _Weights:
-    """A weight and a bias, packed for both directions, and the factors of their gradients so far."""
+    """A weight and a bias, packed for both directions where that serves, and the factors of their gradients so far."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.packed = pack(weight)
-        self.bias = None if bias is None else bias.detach()
-        self.source = weight
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+        self.packs = weight.device.type == "cpu"
+        self.source = weight.detach().to(dtype)
+        self.packed = pack(self.source) if self.packs else self.source
+        self.bias = None if bias is None else bias.detach().to(dtype)
         self._transposed: torch.Tensor | None = None
         self.inputs: list[torch.Tensor] = []
         self.gradients: list[torch.Tensor] = []
 
     @property
     def transposed(self) -> torch.Tensor:
-        """The packed transposed weight, for the gradients of inputs."""
+        """The transposed weight, for the gradients of inputs."""
         if self._transposed is None:
-            self._transposed = pack(self.source.detach().t().contiguous())
+            transposed = self.source.t()
+            self._transposed = pack(transposed.contiguous()) if self.packs else transposed
         return self._transposed
+
+    def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (multiply if self.packs else F.linear)(inputs, self.packed, self.bias)
+
+    def multiply_transposed(self, gradient: torch.Tensor) -> torch.Tensor:
+        return (multiply if self.packs else F.linear)(gradient, self.transposed)
 
 
 class _Collect(torch.autograd.Function):
@@ -39,7 +47,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, weights):
         ctx.weights = weights
-        ctx.has_bias = bias is not None
+        ctx.dtype, ctx.has_bias = weight.dtype, bias is not None
         return weight.new_zeros(())
 
     @staticmethod
@@ -47,8 +55,8 @@ class _Collect(torch.autograd.Function):
     def backward(ctx, _):
         inputs, gradients = torch.cat(ctx.weights.inputs), torch.cat(ctx.weights.gradients)
         ctx.weights.inputs, ctx.weights.gradients = [], []
-        of_weight = large_linear(gradients.t(), inputs.t()) if ctx.needs_input_grad[0] else None
-        return of_weight, gradients.sum(0) if ctx.has_bias else None, None
+        of_weight = large_linear(gradients.t(), inputs.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return of_weight, gradients.sum(0, dtype=ctx.dtype) if ctx.has_bias else None, None
 
 
 class _Step(torch.autograd.Function):
@@ -56,7 +64,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx, inputs, before, weights):
         ctx.weights = weights
         ctx.save_for_backward(inputs)
-        return multiply(inputs, weights.packed, weights.bias)
+        return weights.multiply(inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -66,8 +74,8 @@ class _Step(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ctx.weights.inputs.append(inputs)
             ctx.weights.gradients.append(gradient)
-        of_inputs = multiply(gradient, ctx.weights.transposed) if ctx.needs_input_grad[0] else None
-        return of_inputs, gradient.new_zeros(()) if ctx.needs_input_grad[1] else None, None
+        # Nothing flows to what stands before all steps; it is called in any case, when all of them are done.
+        return ctx.weights.multiply_transposed(gradient) if ctx.needs_input_grad[0] else None, None, None
 
 
 class StepLinear:
@@ -81,13 +89,15 @@ class StepLinear:
 
     def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         # A weight with a history (of a parametrization) is another one at each step.
-        if weight.grad_fn is not None or not can_pack(inputs, weight):
+        device = inputs.device.type
+        if weight.grad_fn is not None or (device == "cpu" and not can_pack(inputs, weight)):
             return F.linear(inputs, weight, bias)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         if id(weight) not in self._known:
-            weights = _Weights(weight, bias)
+            weights = _Weights(weight, bias, dtype)
             self._known[id(weight)] = weights, _Collect.apply(weight, bias, weights)
         weights, before = self._known[id(weight)]
-        return _Step.apply(inputs, before, weights)
+        return _Step.apply(inputs.to(dtype), before, weights)
 
 
 def step_linear(inputs: torch.Tensor, num_steps: int) -> Linear:

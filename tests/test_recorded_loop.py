@@ -1,0 +1,351 @@
+"""Recorded loops: on a GPU as they are, elsewhere with recordings that do their work anew each time they are played."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.cells import LayerNormLSTMCell, PeepholeLSTMCell
+from hf_rnn import RECURRENT_CELLS, RNNConfig, RNNModel, loop_only, recorded_loop, without_fast_paths
+from hf_rnn.recurrent_cells import GRUCell, LSTMCell, RecurrentCell
+from matrix import make_mask
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH, SEQ, HIDDEN = 6, 21, 8
+
+
+class ProductOfGate(RecurrentCell):
+    """Gated as Cho et al. (2014) wrote it: the recurrent product is of something that the step computed."""
+
+    gate_names = ("reset", "new")
+
+    def step(self, projected, state, linear=F.linear):
+        (hidden,) = state
+        of_reset, of_new = projected.chunk(2, dim=-1)
+        reset, new = self.weight_hh.chunk(2)
+        return (torch.tanh(of_new + linear(torch.sigmoid(of_reset + linear(hidden, reset)) * hidden, new)),)
+
+
+class WithBuffer(LSTMCell):
+    """A step that notes something in the cell."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def step(self, projected, state, linear=F.linear):
+        self.steps += 1
+        return super().step(projected, state, linear)
+
+
+CELLS = {
+    "layer_norm": LayerNormLSTMCell,
+    "peephole": PeepholeLSTMCell,
+    "product_of_gate": ProductOfGate,
+    "with_buffer": WithBuffer,
+}
+
+
+class DoneAnew:
+    """In the place of a recording: does the same again when played."""
+
+    made = 0
+
+    def __init__(self, function):
+        type(self).made += 1
+        self.function, self.has_graph = function, torch.is_grad_enabled()
+        function()
+
+    def play(self):
+        with torch.set_grad_enabled(self.has_graph):
+            self.function()
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch):
+    """Cells of a program, an empty recorder, and recordings that work here."""
+    for name, cell in CELLS.items():
+        monkeypatch.setitem(RECURRENT_CELLS, name, cell)
+    monkeypatch.setattr(recorded_loop, "DEVICE_TYPE", DEVICE)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(recorded_loop, "Recording", DoneAnew)
+    monkeypatch.setattr(DoneAnew, "made", 0)
+    recorded_loop.recorder.forget()
+    yield recorded_loop.recorder
+    recorded_loop.recorder.forget()
+
+
+@pytest.fixture
+def as_they_are():
+    """Steps that are recorded as they are: compiling takes seconds."""
+    with without_fast_paths("fused_steps"):
+        yield
+
+
+AS_THEY_ARE = pytest.mark.usefixtures("as_they_are")
+
+
+def make_model(cell_type: str, dtype=torch.float64, **options) -> RNNModel:
+    torch.manual_seed(0)
+    config = RNNConfig(vocab_size=9, hidden_size=HIDDEN, num_hidden_layers=2, cell_type=cell_type, **options)
+    model = RNNModel(config).to(DEVICE, dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def make_inputs(seq: int = SEQ, batch: int = BATCH, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, seq, HIDDEN, dtype=torch.float64, generator=generator).to(DEVICE, dtype)
+
+
+def results_of(model: RNNModel, inputs: torch.Tensor, mask=None, kept_seed: int | None = None) -> dict:
+    """Outputs, states and gradients of everything."""
+    inputs = inputs.clone().requires_grad_()
+    if kept_seed is not None:
+        torch.manual_seed(kept_seed)
+    outputs = model(inputs_embeds=inputs, attention_mask=None if mask is None else mask.to(DEVICE), use_cache=True)
+    cache = outputs.past_key_values
+    states = {f"state {index}": part for index, part in enumerate(parts_of(cache))}
+    factors = torch.linspace(-1, 1, outputs.last_hidden_state.numel(), device=DEVICE, dtype=inputs.dtype)
+    total = (outputs.last_hidden_state.flatten() * factors).sum() + sum(part.square().sum() for part in states.values())
+    model.zero_grad()
+    total.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    results = {"outputs": outputs.last_hidden_state, "inputs": inputs.grad} | states | gradients
+    return {name: result.detach().clone() for name, result in results.items()}
+
+
+def parts_of(cache) -> list[torch.Tensor]:
+    layers = () if cache is None else cache.layers  # there is none for two directions
+    return [part for layer in layers for part in (layer.keys, layer.values) if part is not None]
+
+
+def assert_same(actual: dict, expected: dict, tolerance: float = 1e-9):
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def plain(function, *arguments):
+    """What the plain loop gives."""
+    with loop_only():
+        return function(*arguments)
+
+
+def num_pieces() -> int:
+    return sum(len(loop.pieces) for _, loop in recorded_loop.recorder._loops)
+
+
+@pytest.mark.parametrize("mask", [None, make_mask(SEQ)], ids=["no_mask", "mask"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell_type", ["layer_norm", "peephole", "product_of_gate"])
+def test_a_recording_is_the_loop(cell_type, bidirectional, mask):
+    """From the third time on, with other inputs and other weights than those that were there when it was made."""
+    model = make_model(cell_type, bidirectional=bidirectional).train()
+    for run in range(5):
+        inputs = make_inputs(seed=run)
+        assert_same(results_of(model, inputs, mask), plain(results_of, model, inputs, mask))
+        # Two layers or directions have the same sizes, and each of them counts.
+        assert (num_pieces() > 0) == ((run + 1) * 2 > recorded_loop.RUNS_BEFORE)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+
+
+@AS_THEY_ARE
+@pytest.mark.parametrize("seq", [4, 15, 16, 17, 32, 33])
+def test_lengths(seq):
+    """Those that no piece ends with are read with a mask, and share the pieces of others."""
+    model = make_model("layer_norm").train()
+    for run in range(3):
+        for length in (32, seq):
+            inputs = make_inputs(length, seed=run)
+            assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+    assert num_pieces() > 0
+
+
+@AS_THEY_ARE
+def test_long_sequences(monkeypatch):
+    monkeypatch.setattr(recorded_loop, "LONG_SEQUENCE", 20)
+    model = make_model("peephole").train()
+    inputs = make_inputs(70)
+    expected = plain(results_of, model, inputs)
+    for _ in range(4):
+        assert_same(results_of(model, inputs), expected)
+    assert num_pieces() == 4  # two for each of two layers
+
+
+@AS_THEY_ARE
+@pytest.mark.parametrize("cell_type", ["lstm", "gru", "layer_norm"])
+def test_dropped_units(cell_type):
+    """Units that are dropped throughout a sequence are other ones each time."""
+    model = make_model(cell_type, recurrent_dropout=0.4).train()
+    for run in range(5):
+        inputs = make_inputs(seed=run)
+        actual, expected = results_of(model, inputs, None, run), plain(results_of, model, inputs, None, run)
+        assert_same(actual, expected)
+    assert num_pieces() > 0
+
+
+def test_without_gradients():
+    model = make_model("layer_norm")
+    for context in (torch.no_grad, torch.inference_mode):
+        for run in range(5):
+            inputs = make_inputs(seed=run)
+            with context():
+                actual = model(inputs_embeds=inputs).last_hidden_state
+                with loop_only():
+                    expected = model(inputs_embeds=inputs).last_hidden_state
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert num_pieces() > 0
+    inputs = make_inputs(seed=9)
+    assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+
+
+@AS_THEY_ARE
+def test_several_forwards_before_a_backward():
+    """What a backward still needs is not overwritten, nor is it by a backward that may come again."""
+    model = make_model("layer_norm").train()
+    for run in range(3):
+        results_of(model, make_inputs(seed=run))
+    inputs = [make_inputs(seed=10 + index).requires_grad_() for index in range(3)]
+
+    def gradients():
+        totals = [model(inputs_embeds=tensor).last_hidden_state.square().sum() for tensor in inputs]
+        first = torch.autograd.grad(totals[0], inputs[0], retain_graph=True)
+        later = [torch.autograd.grad(total, tensor)[0] for total, tensor in zip(totals, inputs)]
+        return [*first, *later]
+
+    torch.testing.assert_close(gradients(), plain(gradients), rtol=1e-9, atol=1e-9)
+
+
+@AS_THEY_ARE
+def test_room_is_given_back():
+    """A forward without a backward gives its room back, too."""
+    model = make_model("layer_norm").train()
+    for run in range(8):
+        outputs = model(inputs_embeds=make_inputs(seed=run))
+        del outputs
+        gc.collect()
+    assert len(recorded_loop.recorder._loops) == 2  # the two layers are in use at the same time
+    assert not any(loop.in_use for _, loop in recorded_loop.recorder._loops)
+
+
+@AS_THEY_ARE
+def test_the_number_of_pieces_is_bounded(monkeypatch):
+    monkeypatch.setattr(recorded_loop, "MOST_PIECES", 4)
+    model = make_model("layer_norm").train()
+    for batch in range(1, 6):
+        inputs = make_inputs(batch=batch)
+        for _ in range(4):
+            assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+        assert 0 < num_pieces() <= 4 + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """The types are those of the loop; the numbers as far as fused steps round in the same places."""
+    if DEVICE == "cpu" and dtype == torch.float16:
+        pytest.skip("float16 autocast is for GPUs")
+    model = make_model("layer_norm", torch.float32).train()
+    for run in range(4):
+        inputs = make_inputs(seed=run, dtype=torch.float32)
+        with torch.autocast(DEVICE, dtype):
+            actual, expected = results_of(model, inputs), plain(results_of, model, inputs)
+        assert {name: value.dtype for name, value in actual.items()} == {
+            name: value.dtype for name, value in expected.items()
+        }
+        for name, value in actual.items():
+            difference = (value.float() - expected[name].float()).norm() / expected[name].float().norm()
+            assert difference < 0.05, name
+    assert num_pieces() > 0
+
+
+@pytest.mark.parametrize("name", ["recorded_loop", "fused_steps"])
+def test_ruled_out(name, monkeypatch):
+    fused = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fused.append(function) or function)
+    model = make_model("layer_norm").train()
+    with without_fast_paths(name):
+        for run in range(4):
+            results_of(model, make_inputs(seed=run))
+    assert (num_pieces() > 0) == (name == "fused_steps")
+    assert not fused
+    for run in range(4):
+        results_of(model, make_inputs(seed=run))
+    assert num_pieces() > 0
+    assert fused
+
+
+def test_no_compiler(monkeypatch):
+    """Where steps cannot be fused they are recorded as they are."""
+
+    def refuse(*arguments):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
+    model = make_model("layer_norm").train()
+    for run in range(4):
+        inputs = make_inputs(seed=run)
+        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+    assert num_pieces() > 0
+
+
+def test_a_recording_that_fails(monkeypatch):
+    """The loop does what cannot be recorded, and nobody tries again."""
+    tries = []
+
+    class Fails:
+        def __init__(self, function):
+            tries.append(function)
+            raise RuntimeError("not allowed while a stream is captured")
+
+    monkeypatch.setattr(recorded_loop, "Recording", Fails)
+    model = make_model("peephole").train()
+    for run in range(5):
+        inputs = make_inputs(seed=run)
+        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+    assert len(tries) == 1
+
+
+def test_cells_that_are_not_recorded():
+    """Those that a step changes, and those that are not what their class says."""
+    inputs = make_inputs()
+    cells = {name: RECURRENT_CELLS[name](HIDDEN, HIDDEN).to(DEVICE, torch.float64) for name in CELLS}
+    taken = {name: recorded_loop.takes_recording(cell, inputs, False) for name, cell in cells.items()}
+    assert taken == {"layer_norm": True, "peephole": True, "product_of_gate": True, "with_buffer": False}
+    cell = cells["layer_norm"]
+    assert not recorded_loop.takes_recording(cell, inputs, True)
+    assert not recorded_loop.takes_recording(cell, inputs[:, :3], False)
+    assert not recorded_loop.takes_recording(cell, inputs.to("meta"), False)
+    handle = cell.norm_hh.register_forward_hook(lambda *_: None)
+    assert not recorded_loop.takes_recording(cell, inputs, False)
+    handle.remove()
+    assert recorded_loop.takes_recording(cell, inputs, False)
+    nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+    assert not recorded_loop.takes_recording(cell, inputs, False)
+
+
+@AS_THEY_ARE
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    """It runs layers again within the backward, where nothing is recorded, and wants the same graph as before."""
+    model = make_model("layer_norm").train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for run in range(5):
+        inputs = make_inputs(seed=run)
+        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+
+
+def test_plain_cells_are_not_recorded():
+    """A GPU has kernels for them."""
+    model = make_model("gru").train()
+    assert isinstance(model.layers[0].cell, GRUCell)
+    for run in range(4):
+        results_of(model, make_inputs(seed=run))
+    assert num_pieces() == 0
