@@ -22,6 +22,11 @@ def chunk_length(num_rows: int, weight: torch.Tensor) -> int:
     return math.ceil(num_rows / max(1, math.ceil(num_rows / longest)))
 
 
+def looks_at_labels(labels: torch.Tensor) -> bool:
+    """Whether rows without a label are left out; elsewhere than on a CPU finding them would wait for the device."""
+    return labels.device.type == "cpu"
+
+
 def linear_cross_entropy(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
@@ -54,9 +59,14 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
-    kept = (labels != ignore_index).nonzero().squeeze(-1)
-    if len(kept) < len(labels):
-        hidden_states, labels = hidden_states[kept], labels[kept]
+    is_label = labels != ignore_index
+    if looks_at_labels(labels):
+        kept = is_label.nonzero().squeeze(-1)
+        if len(kept) < len(labels):
+            hidden_states, labels = hidden_states[kept], labels[kept]
+        is_label = None
+    else:
+        labels = labels.where(is_label, 0)
     if labels.device.type == "cpu" and len(labels) > 0:
         lowest, highest = (label.item() for label in labels.aminmax())
         if lowest < 0 or highest >= len(weight):
@@ -66,7 +76,8 @@ def linear_cross_entropy(
         hidden_states, weight = hidden_states.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     return _LinearCrossEntropy.apply(
-        hidden_states, weight, bias, labels, hidden_states.dtype if dtype is None else dtype, reduction == "mean"
+        *(hidden_states, weight, bias, labels, is_label),
+        *(hidden_states.dtype if dtype is None else dtype, reduction == "mean"),
     )
 
 
@@ -74,15 +85,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients of a sum of losses beside that sum; the backward scales them."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, labels, dtype, mean):
+    def forward(ctx, hidden_states, weight, bias, labels, is_label, dtype, mean):
         # Under autocast `dtype` says already what to multiply in.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            total, gradients = _sum_and_gradients(hidden_states, weight, bias, labels, dtype, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*gradients)
+            total, gradients = _sum_and_gradients(
+                hidden_states, weight, bias, labels, is_label, dtype, ctx.needs_input_grad[:3]
+            )
+        count = total.new_tensor(len(labels)) if is_label is None else is_label.sum()
+        ctx.save_for_backward(*gradients, count)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)]
-        ctx.divisor = max(1, len(labels)) if mean else 1
-        ctx.has_labels = len(labels) > 0
-        return total / len(labels) if mean else total
+        ctx.mean = mean
+        return total / count if mean else total
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -94,16 +107,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         # Without any label the gradients are zeros, as they are for the stock loss, though the mean is nan, and so is
         # the quotient of a sum and a number of labels that is zero.
-        scale = grad_loss / ctx.divisor if ctx.has_labels else 1
+        *gradients, count = ctx.saved_tensors
+        scale = torch.where(count > 0, grad_loss / count if ctx.mean else grad_loss, 1)
         gradients = [
-            None if gradient is None else (gradient * scale).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+            None if gradient is None else (gradient * scale).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
-def _sum_and_gradients(hidden_states, weight, bias, labels, dtype, needs_gradient):
-    """The sum of the losses, and its gradients with respect to hidden states, weight and bias where they are needed."""
+def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, needs_gradient):
+    """
+    The sum of the losses, and its gradients with respect to hidden states, weight and bias where they are needed; of
+    the rows where `is_label` is True, or of all.
+    """
     num_rows = len(labels)
     wide = torch.promote_types(dtype, torch.float32)
     step = chunk_length(num_rows, weight)
@@ -117,16 +133,21 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, dtype, needs_gradien
     def add_rows(rows: slice) -> None:
         """What some rows add; whatever has the size of their logits is gone afterwards."""
         features, row_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
+        ignored = None if is_label is None else ~is_label[rows].unsqueeze(-1)
         logits = large_linear(features, narrow_weight, narrow_bias).to(wide)
         highest = logits.amax(dim=-1, keepdim=True)
         of_labels = logits.gather(-1, row_labels)
         probabilities = logits.sub_(highest).exp_()
         sums = probabilities.sum(dim=-1, keepdim=True)
-        total.add_((sums.log() + highest - of_labels).sum())
+        losses = sums.log() + highest - of_labels
+        total.add_((losses if ignored is None else losses.masked_fill(ignored, 0)).sum())
         if not any(needs_gradient):
             return
+        of_label = torch.full_like(sums, -1)
+        if ignored is not None:
+            sums, of_label = sums.masked_fill(ignored, math.inf), of_label.masked_fill(ignored, 0)
         grad_logits = probabilities.div_(sums)
-        grad_logits.scatter_add_(-1, row_labels, torch.full_like(sums, -1))
+        grad_logits.scatter_add_(-1, row_labels, of_label)
         if grad_bias is not None:
             grad_bias.add_(grad_logits.sum(dim=0))
         grad_logits = grad_logits.to(dtype)

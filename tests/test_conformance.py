@@ -606,7 +606,8 @@ def test_weights_on_the_cpu_beside_a_gpu(name, tmp_path):
         folder = tmp_path / str(index)
         model.save_pretrained(folder)
         expected = first_output(model, name)
-        for memory in ({0: 3000, "cpu": 10**6}, {0: 3000, "cpu": 3000}):
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        for memory in ({0: size * 2 // 3, "cpu": 10 * size}, {0: size * 2 // 3, "cpu": size // 10}):
             loaded = type(model).from_pretrained(
                 folder, device_map="auto", max_memory=memory, offload_folder=folder / "offload"
             )

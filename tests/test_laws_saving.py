@@ -697,6 +697,7 @@ RUNNING = {
     "gru_function",
     "large_products",
     "packed_linear",
+    "recorded_loop",
     "recurrent_gates",
     "recurrent_kernels",
     "recurrent_layer",

@@ -45,6 +45,12 @@ def chunks(request, monkeypatch):
     monkeypatch.setattr(vocabulary_loss, "chunk_length", lambda num_rows, weight: request.param)
 
 
+@pytest.fixture(params=[True, False], ids=["left out", "computed"])
+def looks(request, monkeypatch):
+    """Rows without a label left out, as on a CPU, or computed in vain, as elsewhere."""
+    monkeypatch.setattr(vocabulary_loss, "looks_at_labels", lambda labels: request.param)
+
+
 @pytest.fixture
 def never_computed(monkeypatch):
     """Fails where the values of deferred logits are computed."""
@@ -83,7 +89,7 @@ def with_gradients(function, arguments, **options):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("ignored", [0, 4, ROWS - 1])
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "looks")
 def test_equals_plain_cross_entropy(reduction, bias, ignored):
     arguments = make_arguments(bias=bias, ignored=ignored)
     actual = with_gradients(linear_cross_entropy, arguments, reduction=reduction)
@@ -91,13 +97,14 @@ def test_equals_plain_cross_entropy(reduction, bias, ignored):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "looks")
 def test_passes_gradcheck():
     *tensors, labels = make_arguments()
     assert torch.autograd.gradcheck(lambda *inputs: linear_cross_entropy(*inputs, labels), tensors)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.usefixtures("looks")
 def test_nothing_to_predict(reduction):
     """As plain cross-entropy: a mean over nothing is nan, a sum zero, and the gradients are zeros."""
     arguments = make_arguments(ignored=ROWS)
@@ -108,6 +115,7 @@ def test_nothing_to_predict(reduction):
     assert all(not gradient.any() for gradient in gradients)
 
 
+@pytest.mark.usefixtures("looks")
 def test_other_index_to_ignore():
     *tensors, labels = make_arguments(ignored=0)
     ignored = int(labels[0])
@@ -117,7 +125,7 @@ def test_other_index_to_ignore():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "looks")
 def test_as_exact_as_plain_cross_entropy(dtype):
     """Against float64 on the same numbers: not twice as far off as the stock loss, which is in float32 at least."""
     arguments = make_arguments(dtype)

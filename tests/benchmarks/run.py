@@ -81,12 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(options.threads, options.rounds, options.device, options.quick)
     table = [heading(settings), "", markdown_line(COLUMNS), markdown_line(["---"] * len(COLUMNS))]
     print("\n".join(table), flush=True)
+    failed = False
     for result in run_all(lines, settings):
         table.append(markdown_line(result))
         print(table[-1], flush=True)
+        failed = failed or result[-1].startswith("failed")
     if options.markdown:
         options.markdown.write_text("\n".join(table) + "\n")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":
