@@ -220,8 +220,9 @@ class LocalScore(GeneralScore):
         queries, features = queries.split(sizes, dim=-1)
         scores = self.compare(queries, memory.keys)
         wide = torch.promote_types(scores.dtype, torch.float32)
-        predicted = features @ self.vector.to(features.dtype).view(1, self.num_heads, -1, 1)
-        center = memory.lengths * torch.sigmoid(predicted.to(wide))  # [batch, heads, target, 1]
+        # Positions of long sources have more digits than narrow types.
+        predicted = features.to(wide) @ self.vector.to(wide).view(1, self.num_heads, -1, 1)
+        center = memory.lengths * torch.sigmoid(predicted)  # [batch, heads, target, 1]
         distance = memory.positions - center
         scores = scores.to(wide) - distance.square() * (2 / self.window**2)
         return scores.masked_fill(distance.abs() > self.window, torch.finfo(wide).min)

@@ -8,10 +8,12 @@ the recording each time, so that it holds for every layer of the same sizes, wha
 """
 
 import functools
+import gc
 import inspect
 import itertools
 import logging
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable
 
@@ -54,17 +56,41 @@ class Recording:
             for _ in range(2):  # once aside: libraries set themselves up at first, compilers compile
                 function()
             stream.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            # Other threads, which load data or compute gradients, may call what a recording rules out.
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                self.graph.capture_end()
+            self.graph = _capture(function)
         torch.cuda.current_stream().wait_stream(stream)
 
     def play(self) -> None:
         self.graph.replay()
+
+
+def _capture(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Records a function on the current stream."""
+    graph = torch.cuda.CUDAGraph()
+    collects = gc.isenabled()
+    gc.disable()  # what is freed by the way could be another graph, and that would end this one
+    try:
+        # Other threads, which load data or compute gradients, may call what a recording rules out.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+    except Exception:
+        _end_capture_of_random_numbers()
+        raise
+    finally:
+        if collects:
+            gc.enable()
+    return graph
+
+
+def _end_capture_of_random_numbers() -> None:
+    """After a recording that failed random generators believe that it goes on; one that succeeds ends that."""
+    graph = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_end()
 
 
 class _Loop:

@@ -138,8 +138,10 @@ def run_torch_kernel(
     """
     weights, holds = None, needs_state and cell.hold_gates is not None
     if holds:
-        hold = cell.weight_ih.new_tensor(cell.hold_gates) * SATURATION
-        column = hold.repeat_interleave(cell.hidden_size).unsqueeze(-1)
+        # Filled on the device: to copy numbers there would be to wait for it.
+        column = torch.cat(
+            [cell.weight_ih.new_full((cell.hidden_size, 1), SATURATION * hold) for hold in cell.hold_gates]
+        )
         weights = [torch.cat([cell.weight_ih, column], dim=-1), cell.weight_hh, cell.bias_ih, cell.bias_hh]
     segments = find_segments(padding, inputs.shape[-1], cell.weight_hh.shape[0])
     if segments is not None:

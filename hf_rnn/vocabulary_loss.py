@@ -10,15 +10,17 @@ import torch
 from .large_products import large_linear, takes_onednn
 
 
-# A chunk of logits holds as many numbers as the weight (whose gradient needs that memory anyway), but at least these.
-MIN_CHUNK_SIZE = 2**22
+# A chunk of logits holds as many numbers as the weight (whose gradient needs that memory anyway), but at least these;
+# elsewhere than on a CPU, where starting the work on a chunk takes longer than the work, at least those.
+MIN_CHUNK_SIZE, MIN_CHUNK_SIZE_ELSEWHERE = 2**22, 2**24
 # Words whose gradients oneDNN makes at a time, because it cannot add to what is there.
 WORDS_AT_ONCE = 1024
 
 
 def chunk_length(num_rows: int, weight: torch.Tensor) -> int:
     """How many rows of logits to compute at a time, such that the chunks of `num_rows` rows are about equal."""
-    longest = max(1, max(weight.numel(), MIN_CHUNK_SIZE) // weight.shape[0])
+    smallest = MIN_CHUNK_SIZE if weight.device.type == "cpu" else MIN_CHUNK_SIZE_ELSEWHERE
+    longest = max(1, max(weight.numel(), smallest) // weight.shape[0])
     return math.ceil(num_rows / max(1, math.ceil(num_rows / longest)))
 
 

@@ -10,25 +10,34 @@ import functools
 import os
 
 import torch
+from torch.utils._device import DeviceContext
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
 
+RANDOM = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}
+RANDOM_LIKE = {torch.rand_like, torch.randn_like, torch.randint_like}
+RANDOM_IN_PLACE = {torch.Tensor.normal_, torch.Tensor.uniform_}
 
-def _put_everything_on(device: str) -> None:
-    torch.set_default_device(device)
-    generator = torch.Generator
 
-    class Generator:
-        def __new__(cls, device=device):
-            return generator(device)
+class EverythingOnADevice(DeviceContext):
+    """What is made lies on a device, with the random numbers that it would have on a CPU."""
 
-    torch.Generator = Generator
-    for name in ("numpy", "__array__"):
-        on_the_cpu = getattr(torch.Tensor, name)
-        setattr(torch.Tensor, name, functools.partialmethod(_from_the_cpu, on_the_cpu))
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in RANDOM and kwargs.get("device") is None:
+            wanted = kwargs.pop("requires_grad", False)
+            return function(*args, **kwargs, device="cpu").to(self.device).requires_grad_(wanted)
+        if function in RANDOM_LIKE and kwargs.get("device") is None:
+            return function(args[0].cpu(), *args[1:], **kwargs).to(args[0].device)
+        if function in RANDOM_IN_PLACE and args[0].device.type == self.device.type:
+            numbers = torch.empty(args[0].shape, dtype=args[0].dtype, device="cpu")
+            return args[0].copy_(function(numbers, *args[1:], **kwargs))
+        if function is torch.from_numpy:
+            return function(*args, **kwargs).to(self.device)
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def _from_the_cpu(tensor: torch.Tensor, method, *arguments, **keywords):
@@ -36,4 +45,6 @@ def _from_the_cpu(tensor: torch.Tensor, method, *arguments, **keywords):
 
 
 if "HF_RNN_TEST_DEVICE" in os.environ:
-    _put_everything_on(os.environ["HF_RNN_TEST_DEVICE"])
+    EverythingOnADevice(torch.device(os.environ["HF_RNN_TEST_DEVICE"])).__enter__()
+    for name in ("numpy", "__array__"):
+        setattr(torch.Tensor, name, functools.partialmethod(_from_the_cpu, getattr(torch.Tensor, name)))

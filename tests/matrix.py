@@ -2,12 +2,17 @@
 
 import inspect
 import itertools
+import os
 
+import pytest
 import torch
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, REGISTRATION, RNNConfig, RNNSeq2SeqConfig
 from hf_rnn.configuration_rnn import QUESTION_ATTENTIONS
 
+
+# For what a device does not do: fast paths of CPUs, and errors about values, for which it would have to be waited for.
+ON_A_CPU = pytest.mark.skipif("HF_RNN_TEST_DEVICE" in os.environ, reason="only on a CPU")
 
 VOCAB_SIZE = 29
 PAD, BOS, EOS = 3, 1, 2  # padding is a token like any other, so that no zeroed row of the embeddings can hide a leak

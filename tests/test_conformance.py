@@ -601,18 +601,20 @@ def test_generating_with_weights_on_disk(name, tmp_path):
 @over_classes
 def test_weights_on_the_cpu_beside_a_gpu(name, tmp_path):
     """Computed on the GPU with weights that lie on the CPU and on disk in between."""
+    deep = {} if name in SEQ2SEQ else {"num_hidden_layers": 5}
     for index, options in enumerate(variants(name)):
-        model = make_model(name, torch.float32, **options, tie_word_embeddings=False)
+        model = make_model(name, torch.float32, **options, **deep, tie_word_embeddings=False)
         folder = tmp_path / str(index)
         model.save_pretrained(folder)
         expected = first_output(model, name)
         size = sum(parameter.nbytes for parameter in model.parameters())
-        for memory in ({0: size * 2 // 3, "cpu": 10 * size}, {0: size * 2 // 3, "cpu": size // 10}):
+        for memory in ({0: size * 3 // 4, "cpu": 10 * size}, {0: size * 3 // 4, "cpu": size // 10}):
             loaded = type(model).from_pretrained(
                 folder, device_map="auto", max_memory=memory, offload_folder=folder / "offload"
             )
             assert len(set(loaded.hf_device_map.values())) > 1
-            torch.testing.assert_close(first_output(loaded, name).cpu(), expected, rtol=0, atol=1e-4)
+            # cuDNN multiplies numbers of float32 with 10 bits of them.
+            torch.testing.assert_close(first_output(loaded, name).cpu(), expected, rtol=0, atol=5e-3)
 
 
 # Copies.

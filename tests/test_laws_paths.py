@@ -15,7 +15,7 @@ from hf_rnn import (
     without_fast_paths,
 )
 from hf_rnn.recurrent_layer import Padding, RecurrentLayer
-from matrix import DECODERS, MODEL_CLASSES, make_config, make_inputs, make_mask, make_model, options_of
+from matrix import DECODERS, MODEL_CLASSES, ON_A_CPU, make_config, make_inputs, make_mask, make_model, options_of
 from reference import (
     CELL_STEPS,
     NUM_STATES,
@@ -174,6 +174,7 @@ def test_fast_path_is_the_loop_is_the_equations(cell_type, bidirectional, kernel
                         np.testing.assert_allclose(loop[name], value, rtol=1e-11, atol=1e-12, err_msg=message)
 
 
+@ON_A_CPU
 @CELLS
 @DIRECTIONS
 @pytest.mark.parametrize("call_cost", [0, 4])

@@ -9,7 +9,7 @@ from hf_rnn.export.graphs import make_graphs
 from hf_rnn.generation import decode_with_copies, encode_with_copies
 from hf_rnn.modeling_rnn_seq2seq import RNNSeq2SeqForConditionalGeneration
 from hf_rnn.recurrent_cache import cache_of
-from matrix import BOS, DECODERS, EOS, PAD, VOCAB_SIZE, make_mask, make_model
+from matrix import BOS, DECODERS, EOS, ON_A_CPU, PAD, VOCAB_SIZE, make_mask, make_model
 from reference import part, project_to_vocabulary, seq2seq, sigmoid, softmax, to_numpy
 from word_tokenizer import UNKNOWN, make_tokenizer
 
@@ -228,6 +228,7 @@ def test_words_beyond_the_vocabulary_are_read_as_unknown(tmp_path):
     assert model(**batch).cross_attentions is None
 
 
+@ON_A_CPU
 def test_what_cannot_be_copied_is_refused():
     model, batch = make_pointer(torch.float32), make_batch()
     with pytest.raises(ValueError, match=rf"must be below .* \({NUM_IDS}\) of a pointer-generator, got {NUM_IDS}"):

@@ -295,6 +295,25 @@ def test_no_compiler(monkeypatch):
     assert num_pieces() > 0
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_step_that_waits_for_the_gpu(monkeypatch):
+    """It cannot be recorded; neither it nor random numbers notice that somebody tried."""
+
+    class Waits(PeepholeLSTMCell):
+        def step(self, projected, state, linear=F.linear):
+            assert state[0].sum().item() < 1e9
+            return super().step(projected, state, linear)
+
+    monkeypatch.setitem(RECURRENT_CELLS, "waits", Waits)
+    model = make_model("waits").train()
+    for run in range(5):
+        inputs = make_inputs(seed=run)
+        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+    assert num_pieces() == 0
+    assert torch.rand(3, device=DEVICE).sum() > 0
+    torch.manual_seed(0)
+
+
 def test_a_recording_that_fails(monkeypatch):
     """The loop does what cannot be recorded, and nobody tries again."""
     tries = []
