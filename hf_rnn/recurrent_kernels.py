@@ -23,9 +23,36 @@ from .recurrent_segments import Segments, find_segments, read_steps, show_steps
 from .step_linear import step_linear
 
 
-# cuDNN copies parameters that do not lie in one piece at each call, and says so each time; they are apart on purpose,
-# under their own names.
+# Torch says so where it copies parameters for cuDNN, one by one; they are apart on purpose, under their own names.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk of memory")
+
+
+class _InOnePiece(torch.autograd.Function):
+    """Copies of weights, side by side as cuDNN wants them: the matrices of all directions, then their biases."""
+
+    @staticmethod
+    def forward(ctx, *weights):
+        order = sorted(range(len(weights)), key=lambda index: weights[index].dim() == 1)
+        piece = torch.cat([weights[index].reshape(-1) for index in order])
+        parts = piece.split([weights[index].numel() for index in order])
+        copies = {index: part.view(weights[index].shape) for index, part in zip(order, parts)}
+        return tuple(copies[index] for index in range(len(weights)))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+def _in_one_piece(inputs: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights as cuDNN reads them fastest; under autocast torch does that in any case."""
+    if (
+        inputs.device.type != "cuda"
+        or torch.is_autocast_enabled("cuda")
+        or torch._C._are_functorch_transforms_active()
+        or any(type(weight) not in (torch.Tensor, torch.nn.Parameter) for weight in weights)
+    ):
+        return weights
+    return list(_InOnePiece.apply(*weights))
 
 
 def run_loop(
@@ -96,7 +123,7 @@ def call_torch_kernel(
     outputs, *final = kernel(
         inputs,
         initial if num_states > 1 else initial[0],
-        weights,
+        _in_one_piece(inputs, weights),
         True,  # biases
         1,  # layers
         0.0,  # dropout

@@ -1,10 +1,12 @@
 """What only a GPU can show: in training and decoding nobody waits for it in between."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
 
+from hf_rnn import RECURRENT_CELLS
 from matrix import GENERATIVE, MODEL_CLASSES, case_id, cases, make_inputs, make_mask, make_model, make_tokens
 
 
@@ -61,3 +63,17 @@ def test_a_step_of_decoding_does_not_wait(name):
             cache = model(**inputs, use_cache=True).past_key_values
             with no_waiting():
                 model(**inputs, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("mask", [None, make_mask()], ids=["no_mask", "mask"])
+def test_weights_lie_in_one_piece(cell_type, bidirectional, mask):
+    """Otherwise torch copies them one by one at each call, and warns of it."""
+    model = make_model("RNNModel", torch.float32, cell_type=cell_type, bidirectional=bidirectional).to("cuda").train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="RNN module weights")
+        mask = None if mask is None else mask.to("cuda")
+        outputs = model(inputs_embeds=torch.ones(6, 7, model.config.input_size, device="cuda"), attention_mask=mask)
+    outputs.last_hidden_state.sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for name, weight in model.named_parameters() if "layers" in name)
