@@ -821,9 +821,22 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
     def compute_transition_scores(self, sequences, scores, *args, **kwargs):
         """As in transformers, which takes the number of scores for `vocab_size`."""
         # All that it asks of a model.
-        width = SimpleNamespace(vocab_size=self.config.num_output_ids)
-        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: width))
+        model = SimpleNamespace(config=SimpleNamespace(get_text_config=self._text_config_with_width))
         return GenerationMixin.compute_transition_scores(model, sequences, scores, *args, **kwargs)
+
+    def _beam_search(self, *args, **kwargs):
+        # Older transformers take it for the number of scores here, too.
+        if not self.config.pointer_generator:
+            return super()._beam_search(*args, **kwargs)
+        vars(self.config)["get_text_config"] = self._text_config_with_width
+        try:
+            return super()._beam_search(*args, **kwargs)
+        finally:
+            vars(self.config).pop("get_text_config", None)
+
+    def _text_config_with_width(self, *args, **kwargs) -> SimpleNamespace:
+        """A text configuration of which only the number of scores is known."""
+        return SimpleNamespace(vocab_size=self.config.num_output_ids)
 
     @torch.no_grad()
     def _mix_in_predictions(

@@ -44,7 +44,7 @@ def run_sequence_opaquely(
     names = [name for name, known_class in RECURRENT_CELLS.items() if known_class is cell_class]
     if not names:
         return run_sequence(cells, inputs, state, padding, kept, needs_state, needs_history)
-    weight_names = _weight_names(names[0], inputs.shape[-1], state[0].shape[-1], len(cells))
+    weight_names = _weight_names(names[0], cells[0].input_size, cells[0].hidden_size, len(cells))
     weights = [attrgetter(name)(cell) for cell, names_of_cell in zip(cells, weight_names) for name in names_of_cell]
     tensors = [inputs, *state, *weights, *kept]
     device_type = inputs.device.type

@@ -20,6 +20,12 @@ from .recurrent_onnx import in_scan
 from .recurrent_padding import reading_order
 
 
+def _is_exporting() -> bool:
+    # Within its graphs torch 2.11 takes every compiler for an exporter.
+    exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return exports or torch.onnx.is_in_onnx_export()
+
+
 class Words(NamedTuple):
     """
     Where the words of a batch lie. Padding belongs to the word before it, at the beginning of a row to the first one.
@@ -154,7 +160,7 @@ class WordTable(nn.Module):
 
     def find(self, keys: torch.Tensor) -> torch.Tensor:
         """Which embeddings the words with these keys have; 0 for those that are not known."""
-        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # ONNX has no search
+        if _is_exporting():  # ONNX has no search
             number = len(self.keys)
             place = torch.zeros_like(keys)  # how many keys are known not to be greater
             for step in (1 << bit for bit in reversed(range(number.bit_length()))):
@@ -250,7 +256,7 @@ class CharacterRecurrence(nn.Module):
         if 0 in embeddings.shape[:2]:
             return embeddings.new_empty(*words.first.shape, self.layer.output_size)
         begins_behind = words.starts & (words.number > 0)
-        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # ONNX knows no texts within a row
+        if _is_exporting():  # ONNX knows no texts within a row
             state = self.layer.initial_state(embeddings)
             weights = [weight for cell in self.layer.cells for weight in (*cell.parameters(), *cell.buffers())]
             outputs = in_scan(embeddings, state, weights, [], words.is_token, self.cell_type, begins_behind)[0]

@@ -261,7 +261,8 @@ def test_gradcheck(cell_type, bidirectional, enabled):
 
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (inputs, *state, *parameters)]
     with loop_only(enabled):
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+        # cuDNN adds in another order each time.
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True, nondet_tol=1e-12)
 
 
 # float32 loses about seven digits per operation to rounding, some tens of operations deep here.
@@ -348,6 +349,7 @@ def test_models_on_the_fast_path_and_on_the_loop(name, kernel_calls):
             assert_same(fast, loop, str(options))
 
 
+@ON_A_CPU
 @pytest.mark.parametrize("decoder", DECODERS, ids=str)
 @pytest.mark.parametrize("cell_type", ["gru", "lstm"])
 def test_rows_that_have_ended_are_not_decoded(decoder, cell_type, monkeypatch):
@@ -371,6 +373,7 @@ def test_rows_that_have_ended_are_not_decoded(decoder, cell_type, monkeypatch):
     assert_same(fast, loop, str(decoder))
 
 
+@ON_A_CPU
 @pytest.mark.parametrize("decoder", DECODERS, ids=str)
 def test_nothing_is_decoded_behind_the_last_label(decoder):
     """In training, where the inputs are made of labels; those in between that are ignored end nothing."""

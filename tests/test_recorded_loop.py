@@ -1,5 +1,6 @@
 """Recorded loops: on a GPU as they are, elsewhere with recordings that do their work anew each time they are played."""
 
+import copy
 import gc
 
 import pytest
@@ -248,7 +249,7 @@ def test_the_number_of_pieces_is_bounded(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    """The types are those of the loop; the numbers as far as fused steps round in the same places."""
+    """The types are those of the loop, and the numbers are not much further from the exact ones."""
     if DEVICE == "cpu" and dtype == torch.float16:
         pytest.skip("float16 autocast is for GPUs")
     model = make_model("layer_norm", torch.float32).train()
@@ -256,12 +257,11 @@ def test_autocast(dtype):
         inputs = make_inputs(seed=run, dtype=torch.float32)
         with torch.autocast(DEVICE, dtype):
             actual, expected = results_of(model, inputs), plain(results_of, model, inputs)
-        assert {name: value.dtype for name, value in actual.items()} == {
-            name: value.dtype for name, value in expected.items()
-        }
+        exact = plain(results_of, copy.deepcopy(model).double(), inputs.double())
         for name, value in actual.items():
-            difference = (value.float() - expected[name].float()).norm() / expected[name].float().norm()
-            assert difference < 0.05, name
+            assert value.dtype == expected[name].dtype
+            errors = [(other.double() - exact[name]).norm() / exact[name].norm() for other in (value, expected[name])]
+            assert errors[0] < 2 * errors[1] + 0.01, name
     assert num_pieces() > 0
 
 

@@ -124,7 +124,7 @@ def test_all_outputs_are_those_of_words():
     as_tuple = model(tokens, output_hidden_states=True, return_dict=False)
     assert torch.equal(as_tuple[0], outputs.last_hidden_state)
     assert len(as_tuple[1]) == 4
-    chosen = model(tokens, output_hidden_states=[-1]).hidden_states
+    chosen = model(tokens, output_hidden_states=[3]).hidden_states
     assert [states is None for states in chosen] == [True, True, True, False]
 
 
