@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_rnn import large_products, loop_only, packed_linear, without_fast_paths
-from hf_rnn.large_products import apply_linear, large_linear
+from hf_rnn.large_products import apply_linear, large_linear, weight_gradient
 from matrix import cases, make_model
 from test_laws_paths import assert_same, padded_inputs, results_of
 
@@ -52,6 +52,15 @@ def test_gradients(taken, shape):
             leaves = [leaf.detach().requires_grad_(index == number) for number, leaf in enumerate(arguments)]
             assert torch.autograd.gradcheck(large_linear, leaves)
     assert taken
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_gradient_of_a_weight(taken, width):
+    """The same whichever of the two is the wider one and whichever is copied; with gradients of its own."""
+    gradients, inputs = (torch.randn(6, size, dtype=torch.float64, requires_grad=True) for size in (width, 4))
+    torch.testing.assert_close(weight_gradient(gradients, inputs), gradients.t() @ inputs)
+    assert taken == [((width, 6), (4, 6))] if width == 3 else [((4, 6), (8, 6))]
+    assert torch.autograd.gradcheck(weight_gradient, (gradients, inputs))
 
 
 def test_nothing_is_kept_without_gradients(taken):
