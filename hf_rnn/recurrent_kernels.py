@@ -127,11 +127,10 @@ def _call_gru_function(inputs: torch.Tensor, state: State, weights: list[torch.T
     """[`call_torch_kernel`] for GRUs on CPUs, with the time before the batch."""
     outputs, final = [], []
     for direction, hidden in enumerate(state):
-        weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * direction : 4 * direction + 4]
-        projected = large_linear(inputs.flip(0) if direction == 1 else inputs, weight_ih, bias_ih)
-        hiddens = run_gru(projected, hidden, weight_hh, bias_hh)
-        outputs.append(hiddens.flip(0) if direction == 1 else hiddens)
-        final.append(hiddens[-1])
+        reverse = direction == 1
+        hiddens = run_gru(inputs, hidden, *weights[4 * direction : 4 * direction + 4], reverse)
+        outputs.append(hiddens)
+        final.append(hiddens[0 if reverse else -1])
     return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0], tuple(final)
 
 
