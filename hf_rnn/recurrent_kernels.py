@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .fast_paths import may_take
 from .gru_function import run_gru, takes_gru_function
 from .large_products import large_linear
+from .linear_calls import call_with_linear
 from .packed_linear import packed_linear
 from .packed_sequences import PackedPadding
 from .recurrent_cells import Linear, RecurrentCell, State
@@ -28,9 +29,9 @@ warnings.filterwarnings("ignore", message="RNN module weights are not part of si
 
 
 def project_inputs(cell: RecurrentCell, inputs: torch.Tensor, linear: Linear = F.linear) -> torch.Tensor:
-    """`cell.project_inputs(inputs)`, with `linear` for its product unless the cell has a projection of its own."""
+    """`cell.project_inputs(inputs)`, with `linear` for its products."""
     if type(cell).project_inputs is not RecurrentCell.project_inputs:
-        return cell.project_inputs(inputs)
+        return call_with_linear(cell.project_inputs, inputs, linear)
     return linear(inputs, cell.weight_ih, cell.bias_ih)
 
 

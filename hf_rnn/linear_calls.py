@@ -1,0 +1,28 @@
+"""Products in code that calls `F.linear` itself, on the paths of the package. Imports nothing of the package."""
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class LinearCalls(TorchFunctionMode):
+    """
+    Within this context `linear` stands for `F.linear`, in modules too: for the equations of cells that a program adds,
+    which know nothing of what is faster.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        # What is called `input` by its name has another one in the package.
+        return (self.linear if function is F.linear and args else function)(*args, **kwargs or {})
+
+
+def call_with_linear(function, inputs: torch.Tensor, linear) -> torch.Tensor:
+    """`function(inputs)` with `linear` for its `F.linear`; as it is in the graph of a compiler or an exporter."""
+    if linear is F.linear or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return function(inputs)
+    with LinearCalls(linear):
+        return function(inputs)
