@@ -258,6 +258,11 @@ def run_sequence(
     if inputs.shape[1] == 0:
         history = tuple(states.new_empty(0, *states.shape) for states in state) if needs_history else None
         return inputs.new_empty(*inputs.shape[:2], len(cells) * cells[0].hidden_size), state, history
+    if inputs.shape[1] == 1 and len(cells) == 1 and padding is None and not (kept or needs_history):
+        # Nothing to choose from, and in generation the time to choose counts.
+        (cell,) = cells
+        state = cell.step(project_inputs(cell, inputs[:, 0], packed_linear), state, packed_linear)
+        return state[0].unsqueeze(1), state, None
     if isinstance(padding, PackedPadding):
         return *_run_packed(cells, inputs, state, padding, kept, needs_state), None
     if _takes_torch_kernel(cells[0], inputs, kept, needs_history):
