@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .fast_paths import may_take
-from .large_products import apply_linear, large_linear
+from .large_products import apply_linear, large_linear, weight_gradient
 from .vocabulary_loss import linear_cross_entropy
 
 
@@ -134,7 +134,7 @@ class _Defer(torch.autograd.Function):
                 grad_hidden = grad_hidden.to(hidden_states.dtype).view_as(hidden_states)
             if ctx.needs_input_grad[1]:
                 rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(ctx.dtype)
-                grad_weight = large_linear(grad_logits.t(), rows.t()).to(weight.dtype)
+                grad_weight = weight_gradient(grad_logits, rows).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = grad_logits.sum(dim=0).to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None

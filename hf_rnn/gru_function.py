@@ -6,59 +6,99 @@ Torch's own GRU goes through autograd step by step there, and through the slower
 import torch
 
 from .fast_paths import may_take
-from .large_products import large_linear
+from .large_products import large_linear, weight_gradient
 from .packed_linear import can_pack, multiply, pack
 
 
+tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
+
+
+def _steps(*sequences: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """The parts of sequences, step by step."""
+    return list(zip(*(sequence.unbind() for sequence in sequences)))
+
+
+def _gate_steps(gates: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """For each step of gates `[seq, batch, 3 * size]` the first two of them in one, then each of the three."""
+    reset, update, new = gates.chunk(3, dim=-1)
+    return _steps(gates[..., : -new.shape[-1]], reset, update, new)
+
+
 class _GRU(torch.autograd.Function):
-    """Time comes first here, so that each step lies in one piece."""
+    """
+    Time comes first here, so that each step lies in one piece. What can wait for its step does, and few copies are made
+    of the gates: an operation of a step finds its numbers in the caches of the processor, one over all steps does not.
+    """
 
     @staticmethod
-    def forward(ctx, projected, hidden, weight, bias):
-        seq, batch, _ = projected.shape
+    def forward(ctx, inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
+        seq, batch, _ = inputs.shape
         size = hidden.shape[-1]
-        packed = pack(weight)
-        hiddens = projected.new_empty(seq + 1, batch, size)
-        hiddens[0] = hidden
-        gates = projected.new_empty(seq, batch, 2 * size)  # reset, update
-        news = projected.new_empty(seq, batch, size)
-        recurrent_news = projected.new_empty(seq, batch, size)  # what the reset gate lets through or not
-        for step in range(seq):
-            recurrent = multiply(hiddens[step], packed, bias)
-            torch.add(projected[step, :, : 2 * size], recurrent[:, : 2 * size], out=gates[step])
-            reset, update = gates[step].sigmoid_().chunk(2, dim=-1)
-            recurrent_news[step] = recurrent[:, 2 * size :]
-            torch.addcmul(projected[step, :, 2 * size :], reset, recurrent_news[step], out=news[step])
-            torch.lerp(news[step].tanh_(), hiddens[step], update, out=hiddens[step + 1])
-        ctx.save_for_backward(hiddens, gates, news, recurrent_news, weight)
-        return hiddens[1:].clone() if ctx.needs_input_grad[1] else hiddens[1:]
+        # Each step puts its gates (reset, update, new) in the place of what the inputs contribute to them.
+        gates = large_linear(inputs, weight_ih, bias_ih)
+        hiddens = gates.new_empty(seq + 1, batch, size)
+        hiddens[seq if reverse else 0] = hidden
+        befores, afters = (hiddens[1:], hiddens[:-1]) if reverse else (hiddens[:-1], hiddens[1:])
+        recurrent_news = gates.new_empty(seq, batch, size)  # what the reset gate lets through or not
+        packed = pack(weight_hh)
+        steps = list(zip(_gate_steps(gates), _steps(recurrent_news, befores, afters)))
+        for (both, reset, update, new), (recurrent_new, before, after) in reversed(steps) if reverse else steps:
+            of_both, of_new = multiply(before, packed, bias_hh).split_with_sizes([2 * size, size], dim=-1)
+            both.add_(of_both).sigmoid_()
+            recurrent_new.copy_(of_new)
+            new.addcmul_(reset, recurrent_new).tanh_()
+            torch.lerp(new, before, update, out=after)
+        ctx.save_for_backward(inputs, befores, gates, recurrent_news, weight_ih, weight_hh)
+        ctx.reverse = reverse
+        return afters.clone() if ctx.needs_input_grad[1] else afters
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        hiddens, gates, news, recurrent_news, weight = ctx.saved_tensors
-        seq, batch, size = news.shape
-        packed = pack(weight.detach().t().contiguous())
-        resets, updates = gates.chunk(2, dim=-1)
-        # What does not wait for the gradient of the next step: how the three gates pass on that of the hidden state.
-        to_new = (1 - updates) * (1 - news.square())
-        to_update = (hiddens[:-1] - news) * updates * (1 - updates)
-        to_reset = recurrent_news * resets * (1 - resets)
-        of_recurrent = torch.empty(seq, batch, 3 * size, dtype=news.dtype)
-        of_news = torch.empty_like(news)
-        of_hidden = torch.zeros_like(news[0])
-        for step in reversed(range(seq)):
-            of_hidden = of_hidden + gradient[step]
-            of_reset, of_update, of_recurrent_new = of_recurrent[step].chunk(3, dim=-1)
-            torch.mul(of_hidden, to_new[step], out=of_news[step])
-            torch.mul(of_news[step], to_reset[step], out=of_reset)
-            torch.mul(of_hidden, to_update[step], out=of_update)
-            torch.mul(of_news[step], resets[step], out=of_recurrent_new)
-            of_hidden = torch.addcmul(multiply(of_recurrent[step], packed), of_hidden, updates[step])
-        of_projected = torch.cat([of_recurrent[..., : 2 * size], of_news], dim=-1) if ctx.needs_input_grad[0] else None
-        of_recurrent = of_recurrent.flatten(0, 1)
-        of_weight = large_linear(of_recurrent.t(), hiddens[:-1].flatten(0, 1).t()) if ctx.needs_input_grad[2] else None
-        return of_projected, of_hidden, of_weight, of_recurrent.sum(0)
+        inputs, befores, gates, recurrent_news, weight_ih, weight_hh = ctx.saved_tensors
+        size = befores.shape[-1]
+        packed = pack(weight_hh.detach().t().contiguous())
+        of_gates, of_news = torch.empty_like(gates), torch.empty_like(recurrent_news)
+        of_hidden = torch.zeros_like(of_news[0])
+        steps = list(
+            zip(
+                _gate_steps(gates),
+                _steps(recurrent_news, befores, gradient),
+                _gate_steps(of_gates),
+                _steps(of_gates, of_news),
+            )
+        )
+        for (
+            (both, reset, update, new),
+            (recurrent_new, before, of_after),
+            (of_both, of_reset, of_update, of_product),
+            (of_recurrent, of_new),
+        ) in steps if ctx.reverse else reversed(steps):
+            of_hidden.add_(of_after)
+            tanh_backward(torch.addcmul(of_hidden, of_hidden, update, value=-1), new, grad_input=of_new)
+            torch.mul(of_new, recurrent_new, out=of_reset)
+            torch.mul(before - new, of_hidden, out=of_update)
+            sigmoid_backward(of_both, both, grad_input=of_both)
+            torch.mul(of_new, reset, out=of_product)
+            of_hidden = multiply(of_recurrent, packed).addcmul_(of_hidden, update)
+        needs_inputs, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = ctx.needs_input_grad[:6]
+        of_inputs = of_weight_ih = of_weight_hh = of_bias_ih = of_bias_hh = None
+        with torch.autocast("cpu", enabled=False):
+            rows = of_gates.flatten(0, 1)
+            if needs_weight_hh:
+                of_weight_hh = weight_gradient(rows, befores.flatten(0, 1))
+            if needs_bias_hh:
+                of_bias_hh = rows.sum(0)
+            if needs_inputs or needs_weight_ih or needs_bias_ih:
+                # From here on the gradients of what the inputs contribute, which the reset gate does not touch.
+                of_gates[..., 2 * size :] = of_news
+            if needs_inputs:
+                of_inputs = large_linear(of_gates, weight_ih.t())
+            if needs_weight_ih:
+                of_weight_ih = weight_gradient(rows, inputs.flatten(0, 1))
+            if needs_bias_ih:
+                of_bias_ih = rows.sum(0)
+        return of_inputs, of_hidden, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, None
 
 
 def takes_gru_function(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -72,17 +112,25 @@ def takes_gru_function(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def run_gru(projected: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def run_gru(
+    inputs: torch.Tensor,
+    hidden: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor,
+    bias_hh: torch.Tensor,
+    reverse: bool = False,
+) -> torch.Tensor:
     """
     The equations of `GRUCell` over a sequence without padding.
 
     Args:
-        projected (`torch.Tensor` of shape `(seq, batch, 3 * hidden_size)`): What the inputs contribute to the gates.
+        inputs (`torch.Tensor` of shape `(seq, batch, input_size)`): The inputs.
         hidden (`torch.Tensor` of shape `(batch, hidden_size)`): The state before the first step.
-        weight (`torch.Tensor` of shape `(3 * hidden_size, hidden_size)`): The recurrent weight.
-        bias (`torch.Tensor` of shape `(3 * hidden_size,)`): Its bias.
+        weight_ih, weight_hh, bias_ih, bias_hh (`torch.Tensor`): The parameters of the cell.
+        reverse (`bool`): Whether to read from right to left.
 
     Returns:
-        The hidden states `(seq, batch, hidden_size)` after each step.
+        The hidden states `(seq, batch, hidden_size)` after each step, each at the place of its input.
     """
-    return _GRU.apply(projected, hidden, weight, bias)
+    return _GRU.apply(inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse)

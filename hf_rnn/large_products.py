@@ -52,7 +52,7 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         with torch.autocast("cpu", enabled=False):
             of_inputs = large_linear(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-            of_weight = large_linear(rows.t(), inputs.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+            of_weight = weight_gradient(rows, inputs.flatten(0, -2)) if ctx.needs_input_grad[1] else None
         return of_inputs, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -64,6 +64,16 @@ def large_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
         tensor is not None and tensor.requires_grad for tensor in (inputs, weight, bias)
     )
     return (_Linear.apply if needs_graph else multiply)(inputs, weight, bias)
+
+
+def weight_gradient(gradients: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """
+    The gradient `[out, in]` of a weight, from those of its product `[rows, out]` and what it was multiplied with
+    `[rows, in]`. One of the two is copied, column by column: the smaller one, where that is worth its while.
+    """
+    if gradients.shape[1] < 2 * inputs.shape[1]:
+        return large_linear(gradients.t(), inputs.t())
+    return large_linear(inputs.t(), gradients.t()).t()
 
 
 def apply_linear(module: nn.Module, inputs: torch.Tensor, step_linear=None) -> torch.Tensor:

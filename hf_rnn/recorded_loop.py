@@ -22,7 +22,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .fast_paths import may_take
-from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State, masked_step, project_inputs
+from .linear_calls import project_inputs
+from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State, masked_step
 from .step_linear import StepLinear
 
 

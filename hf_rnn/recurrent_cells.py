@@ -234,13 +234,6 @@ class LSTMCell(RecurrentCell):
         return output_gate * torch.tanh(cell), cell
 
 
-def project_inputs(cell: RecurrentCell, inputs: torch.Tensor, linear: Linear = F.linear) -> torch.Tensor:
-    """`cell.project_inputs(inputs)`, with `linear` for its product unless the cell has a projection of its own."""
-    if type(cell).project_inputs is not RecurrentCell.project_inputs:
-        return cell.project_inputs(inputs)
-    return linear(inputs, cell.weight_ih, cell.bias_ih)
-
-
 def masked_step(
     cell: RecurrentCell, projected: torch.Tensor, state: State, is_token: torch.Tensor | None, linear: Linear = F.linear
 ) -> State:

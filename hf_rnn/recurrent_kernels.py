@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from .fast_paths import may_take
 from .gru_function import run_gru, takes_gru_function
 from .large_products import large_linear
+from .linear_calls import project_inputs
 from .packed_linear import packed_linear
 from .packed_sequences import PackedPadding
 from .recorded_loop import play_loop, takes_recording
-from .recurrent_cells import Linear, RecurrentCell, State, masked_step, project_inputs
+from .recurrent_cells import Linear, RecurrentCell, State, masked_step
 from .recurrent_padding import Padding, gather_positions
 from .recurrent_segments import Segments, find_segments, read_steps, show_steps
 from .step_linear import step_linear
@@ -138,11 +139,10 @@ def _call_gru_function(inputs: torch.Tensor, state: State, weights: list[torch.T
     """[`call_torch_kernel`] for GRUs on CPUs, with the time before the batch."""
     outputs, final = [], []
     for direction, hidden in enumerate(state):
-        weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * direction : 4 * direction + 4]
-        projected = large_linear(inputs.flip(0) if direction == 1 else inputs, weight_ih, bias_ih)
-        hiddens = run_gru(projected, hidden, weight_hh, bias_hh)
-        outputs.append(hiddens.flip(0) if direction == 1 else hiddens)
-        final.append(hiddens[-1])
+        reverse = direction == 1
+        hiddens = run_gru(inputs, hidden, *weights[4 * direction : 4 * direction + 4], reverse)
+        outputs.append(hiddens)
+        final.append(hiddens[0 if reverse else -1])
     return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0], tuple(final)
 
 
@@ -271,6 +271,11 @@ def run_sequence(
     if inputs.shape[1] == 0:
         history = tuple(states.new_empty(0, *states.shape) for states in state) if needs_history else None
         return inputs.new_empty(*inputs.shape[:2], len(cells) * cells[0].hidden_size), state, history
+    if inputs.shape[1] == 1 and len(cells) == 1 and padding is None and not (kept or needs_history):
+        # Nothing to choose from, and in generation the time to choose counts.
+        (cell,) = cells
+        state = cell.step(project_inputs(cell, inputs[:, 0], packed_linear), state, packed_linear)
+        return state[0].unsqueeze(1), state, None
     if isinstance(padding, PackedPadding):
         return *_run_packed(cells, inputs, state, padding, kept, needs_state), None
     if _takes_torch_kernel(cells[0], inputs, kept, needs_history):

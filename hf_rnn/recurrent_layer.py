@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .fast_paths import loop_only
+from .linear_calls import project_inputs
 from .packed_linear import begin_text
 from .packed_sequences import PackedPadding
-from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State, masked_step, project_inputs
+from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State, masked_step
 from .recurrent_gates import Gates, run_with_gates
 from .recurrent_kernels import loop_linear, run_sequence
 from .recurrent_operator import run_sequence_opaquely

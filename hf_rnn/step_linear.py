@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .fast_paths import may_take
-from .large_products import large_linear
+from .large_products import weight_gradient
 from .packed_linear import can_pack, multiply, pack
 from .recurrent_cells import Linear
 
@@ -55,7 +55,7 @@ class _Collect(torch.autograd.Function):
     def backward(ctx, _):
         inputs, gradients = torch.cat(ctx.weights.inputs), torch.cat(ctx.weights.gradients)
         ctx.weights.inputs, ctx.weights.gradients = [], []
-        of_weight = large_linear(gradients.t(), inputs.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = weight_gradient(gradients, inputs).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return of_weight, gradients.sum(0, dtype=ctx.dtype) if ctx.has_bias else None, None
 
 

@@ -342,10 +342,11 @@ def test_gru_function(packed, monkeypatch, bidirectional, batch):
 
 
 def test_gru_function_with_frozen_parts(packed):
-    leaves = [torch.randn(4, 2, 9), torch.randn(2, 3), torch.randn(9, 3), torch.randn(9)]
-    for index in range(4):
-        arguments = [leaf.double().requires_grad_(index == number) for number, leaf in enumerate(leaves)]
-        assert torch.autograd.gradcheck(gru_function._GRU.apply, arguments)
+    shapes = [(4, 2, 5), (2, 3), (9, 5), (9, 3), (9,), (9,)]
+    for index in range(len(shapes)):
+        arguments = [torch.randn(shape).double().requires_grad_(index == number) for number, shape in enumerate(shapes)]
+        for reverse in (False, True):
+            assert torch.autograd.gradcheck(gru_function.run_gru, (*arguments, reverse))
 
 
 def test_which_grus_run_as_the_function(monkeypatch):

@@ -6,7 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_rnn import large_products, loop_only, packed_linear, without_fast_paths
-from hf_rnn.large_products import apply_linear, large_linear
+from hf_rnn.large_products import apply_linear, large_linear, weight_gradient
+from hf_rnn.recurrent_cells import GRUCell
+from hf_rnn.recurrent_kernels import run_loop
 from matrix import cases, make_model
 from test_laws_paths import assert_same, padded_inputs, results_of
 
@@ -52,6 +54,48 @@ def test_gradients(taken, shape):
             leaves = [leaf.detach().requires_grad_(index == number) for number, leaf in enumerate(arguments)]
             assert torch.autograd.gradcheck(large_linear, leaves)
     assert taken
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_gradient_of_a_weight(taken, width):
+    """The same whichever of the two is the wider one and whichever is copied; with gradients of its own."""
+    gradients, inputs = (torch.randn(6, size, dtype=torch.float64, requires_grad=True) for size in (width, 4))
+    torch.testing.assert_close(weight_gradient(gradients, inputs), gradients.t() @ inputs)
+    assert taken == [((width, 6), (4, 6))] if width == 3 else [((4, 6), (8, 6))]
+    assert torch.autograd.gradcheck(weight_gradient, (gradients, inputs))
+
+
+class ProjectingCell(GRUCell):
+    """A cell with a projection of its own, by a function, by its named arguments, and by a module."""
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__(input_size, hidden_size)
+        self.layer = nn.Linear(input_size, 3 * hidden_size)
+
+    def project_inputs(self, inputs):
+        named = F.linear(input=inputs, weight=self.weight_ih)
+        return F.linear(inputs, self.weight_ih, bias=self.bias_ih) + self.layer(inputs) + named
+
+
+def test_products_of_cells_that_project_inputs_themselves(taken):
+    """They are taken as well, without a word of it in the cell, and the gradients stay."""
+    cell = ProjectingCell(4, 5).double()
+    for parameter in cell.parameters():
+        nn.init.normal_(parameter)
+    inputs, state = torch.randn(2, 3, 4, dtype=torch.float64), (torch.zeros(2, 5, dtype=torch.float64),)
+
+    def results():
+        outputs, _, _ = run_loop(cell, inputs, state, None)
+        return [outputs, *torch.autograd.grad(outputs.sum(), list(cell.parameters()))]
+
+    actual = results()
+    assert taken[:2] == [((2, 3, 4), (15, 4))] * 2
+    taken.clear()
+    with loop_only():
+        expected = results()
+    assert not taken
+    for pair in zip(actual, expected, strict=True):
+        torch.testing.assert_close(*pair)
 
 
 def test_nothing_is_kept_without_gradients(taken):

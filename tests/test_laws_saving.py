@@ -696,6 +696,7 @@ RUNNING = {
     "deferred_logits",
     "gru_function",
     "large_products",
+    "linear_calls",
     "packed_linear",
     "recorded_loop",
     "recurrent_gates",
