@@ -149,6 +149,7 @@ def check_combinations_of_outputs(name, options, with_cache):
         # In the order of the fields, so that the tuples are those of other models.
         assert list(by_call) == [field for field in fields if field in expected]
         assert len(as_tuple) == len(expected)
+        assert all(len(by_call[field]) == 3 for field in states * with_states)  # embeddings and two layers
         for field, value in zip(by_call, as_tuple):
             if hasattr(value, "get_seq_length"):
                 assert type(value) is type(by_call[field])
