@@ -13,11 +13,13 @@ Speed is counted in processor time, so that other programs on the machine matter
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from hf_rnn import ATTENTION_SCORES
+from training_helpers import say
 
 
 # What is said of a run to `translate.py`, by the name of its row.
@@ -50,19 +52,20 @@ def choose(decoders: list[str], scores: list[str], all_pairs: bool) -> list[tupl
 
 
 def train(decoder: str, score: str, folder: Path, options: list[str]) -> dict[str, float]:
-    """Runs `translate.py` unless all its scores are there already, and returns them."""
+    """Runs `translate.py` unless all its scores are there already, and returns them, on the main process alone."""
     results = folder / "all_results.json"
+    is_main = int(os.environ.get("RANK", 0)) == 0
     # Those of the training are written before the others.
     if not results.exists() or "test_bleu" not in json.loads(results.read_text(encoding="utf-8")):
         results.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), "--overwrite_output_dir", "true"]
         command += [*DECODERS[decoder], "--attention_score", score, *SAME, *options]
-        with open(folder / "log.txt", "w", encoding="utf-8") as log:
+        with open(folder / "log.txt" if is_main else os.devnull, "w", encoding="utf-8") as log:
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         if status != 0:
             sys.exit(f"error: {decoder} with {score} failed with status {status}, see {folder / 'log.txt'}")
-    return json.loads(results.read_text(encoding="utf-8"))
+    return json.loads(results.read_text(encoding="utf-8")) if is_main else {}
 
 
 def row_of(decoder: str, score: str, results: dict[str, float]) -> list[str]:
@@ -102,13 +105,15 @@ def main() -> None:
 
     lines = [[name for name, _ in COLUMNS], ["---", "---", *["---:"] * (len(COLUMNS) - 2)]]
     for line in lines:
-        print(f"| {' | '.join(line)} |", flush=True)
+        say(f"| {' | '.join(line)} |")
     for decoder, score in choose(decoders, scores, args.all == "true"):
         results = train(decoder, score, args.output_dir / f"{decoder}-{score}", options)
-        lines.append(row_of(decoder, score, results))
-        print(f"| {' | '.join(lines[-1])} |", flush=True)
-    table = args.output_dir / "table.md"
-    table.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+        if results:
+            lines.append(row_of(decoder, score, results))
+            say(f"| {' | '.join(lines[-1])} |")
+    if len(lines) > 2:
+        table = args.output_dir / "table.md"
+        table.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ class MixedPrecisionArguments:
     bf16: bool = field(default=prefers_bf16(), metadata={"help": "Mixed precision; default: on a CPU made for it."})
 
     def __post_init__(self):
-        # The Trainer wants to hear that a CPU is meant before it lets one compute in bfloat16.
-        self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
+        # The Trainer wants to hear that a CPU is meant before it computes in bfloat16 or on several processes there.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from test_carried_state import make_trainer
+from fsdp_worker import full_state, shard_while_loading
+from test_carried_state import NAME, make_trainer
 from test_laws_distributed import StopAfter
 
 
 def main(folder: Path) -> None:
-    """Trains with two rows on each process, also in two parts, and tries what cannot be."""
+    """Trains with two rows on each process, also in two parts and with sharded parameters, and tries what cannot be."""
     options = {"batch_size": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "ddp_backend": "gloo"}
 
     def train(name, resume_from=None, **more):
@@ -31,6 +32,10 @@ def main(folder: Path) -> None:
     if rank == 0:
         torch.save(whole.model.state_dict(), folder / "whole.pt")
         torch.save(resumed.model.state_dict(), folder / "resumed.pt")
+    options.pop("save_strategy")  # full checkpoints of sharded parameters are saved otherwise
+    sharded = full_state(train("sharded", model=shard_while_loading(NAME, {}, folder / "model")).model)
+    if rank == 0:
+        torch.save(sharded, folder / "sharded.pt")
     try:
         train("refused", num_streams=2)
     except ValueError as error:

@@ -16,7 +16,7 @@ from transformers import default_data_collator
 from transformers.distributed import DistributedConfig
 
 from matrix import GENERATIVE, make_model, make_tokens
-from test_laws_distributed import BATCH, CASES, make_examples, train_one_step
+from test_laws_distributed import BATCH, CASES, loss_without_head, make_examples, train_one_step
 
 
 def full_state(model):
@@ -43,16 +43,27 @@ def shard_while_loading(name, options, folder):
     return model_class.from_pretrained(folder, distributed_config=config, dtype=torch.float64)
 
 
+def loss_of(model, batch, name, all_labels):
+    """The part that a batch has in the loss of all examples: by labels, or for spans by rows."""
+    if all_labels is None:
+        return model(**batch).loss * len(batch["input_ids"]) / BATCH
+    num_items = (all_labels[..., 1 if name == "RNNForCausalLM" else 0 :] != -100).sum()
+    headless = loss_without_head(name)
+    if headless:
+        return headless["compute_loss_func"](model(**batch), batch["labels"], num_items)
+    return model(**batch, num_items_in_batch=num_items).loss
+
+
 def train_by_hand(model, optimizer, name, options, accumulation_steps=1):
     """One step on all examples, which processes and accumulated steps share."""
     examples = make_examples(name, options)
-    labels = default_data_collator(examples)["labels"][:, 1 if name == "RNNForCausalLM" else 0 :]
+    all_labels = default_data_collator(examples).get("labels")
     rows = BATCH // dist.get_world_size() // accumulation_steps
     for step in range(accumulation_steps):
         start = (dist.get_world_size() * step + dist.get_rank()) * rows
         model.set_requires_gradient_sync(step + 1 == accumulation_steps)
         batch = default_data_collator(examples[start : start + rows])
-        loss = model(**batch, num_items_in_batch=(labels != -100).sum()).loss
+        loss = loss_of(model, batch, name, all_labels)
         (loss * dist.get_world_size()).backward()  # FSDP takes the mean over processes
     optimizer.step()
     optimizer.zero_grad()
@@ -76,7 +87,8 @@ def check_further_steps(folder, name, options):
     alone = make_model(name, **options).train()
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
     for _ in range(3):
-        alone(**default_data_collator(make_examples(name, options))).loss.backward()
+        batch = default_data_collator(make_examples(name, options))
+        loss_of(alone, batch, name, batch.get("labels")).backward()
         optimizer.step()
         optimizer.zero_grad()
     for model in (shard_by_hand(name, options), shard_while_loading(name, options, folder).train()):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from hf_rnn import RECURRENT_CELLS, detach_state
 from hf_rnn.training import CarriedStateTrainer, StreamBlocks
@@ -23,10 +23,12 @@ SGD = {
 }
 
 
-def make_trainer(folder, num_streams=4, block_size=6, batch_size=4, trainer=None, model_options=None, **options):
+def make_trainer(
+    folder, num_streams=4, block_size=6, batch_size=4, trainer=None, model_options=None, model=None, **options
+):
     """A trainer of a tiny model on a text of 192 random tokens."""
     return CarriedStateTrainer(
-        make_model(NAME, **(model_options or {})),
+        make_model(NAME, **(model_options or {})) if model is None else model,
         make_arguments(folder, batch_size, **(SGD | {"num_train_epochs": 1, "remove_unused_columns": True} | options)),
         train_dataset=StreamBlocks(TEXT, block_size, num_streams),
         eval_dataset=StreamBlocks(TEXT[:97], block_size, num_streams),
@@ -156,6 +158,35 @@ def test_torch_compile(tmp_path):
     assert_same_weights(actual, train(tmp_path, max_steps=4), 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"dataloader_num_workers": 2}, 0),
+        ({"neftune_noise_alpha": 1e-5}, 1e-4),  # hardly any noise
+        ({"train_sampling_strategy": "sequential"}, 0),
+        (
+            {"load_best_model_at_end": True, "metric_for_best_model": "eval_epoch", "greater_is_better": True}
+            | {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+            | {"save_strategy": "steps", "save_steps": 1},
+            0,
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_options(options, tolerance, tmp_path):
+    """They change nothing in what is carried, and noise on the embeddings no more than its size."""
+    expected = train(tmp_path / "expected")
+    callback = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = make_trainer(tmp_path, trainer={"callbacks": [callback]} if "eval_steps" in options else None, **options)
+    evaluate = trainer.evaluate
+    # The last checkpoint is the best.
+    trainer.evaluate = lambda *args, **kwargs: evaluate(*args, **kwargs) | {"eval_epoch": trainer.state.epoch}
+    trainer.train()
+    assert_same_weights(trainer.model.state_dict(), expected, tolerance)
+    if "neftune_noise_alpha" in options:
+        assert any(not torch.equal(weight, expected[key]) for key, weight in trainer.model.state_dict().items())
+
+
 def test_evaluation_in_between(tmp_path):
     """Evaluations start from nothing, see the whole of each stream, and leave the states of the training alone."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
@@ -228,6 +259,28 @@ def test_refused_numbers_of_rows(num_streams, batch_size, tmp_path):
         train(tmp_path, num_streams=num_streams, batch_size=batch_size)
 
 
+def test_refused_sizes_of_batches_that_are_found(tmp_path):
+    """`auto_find_batch_size` tries other numbers of rows: right where they divide the streams, refused elsewhere."""
+
+    def train_with_room_for(rows, num_streams):
+        options = {"num_streams": num_streams, "batch_size": 4, "auto_find_batch_size": True}
+        trainer = make_trainer(tmp_path, **options)
+        forward = trainer.model.forward
+
+        def forward_in_little_memory(input_ids, **inputs):
+            if len(input_ids) > rows:
+                raise RuntimeError("CUDA out of memory. An imagined one.")
+            return forward(input_ids=input_ids, **inputs)
+
+        trainer.model.forward = forward_in_little_memory
+        trainer.train()
+        return trainer.model.state_dict()
+
+    with pytest.raises(ValueError, match=r"multiple of the rows of a batch on all processes together \(3\), got 4"):
+        train_with_room_for(3, num_streams=4)
+    assert_same_weights(train_with_room_for(3, num_streams=12), train(tmp_path, num_streams=12, batch_size=3), 1e-12)
+
+
 def test_refused_order(tmp_path):
     """Blocks that do not follow on what was read before."""
     trainer = make_trainer(tmp_path)
@@ -286,4 +339,5 @@ def test_two_processes(tmp_path):
     expected = train(tmp_path / "one", num_train_epochs=2)
     assert_same_weights(torch.load(tmp_path / "whole.pt"), expected, 1e-6)
     assert_same_weights(torch.load(tmp_path / "resumed.pt"), torch.load(tmp_path / "whole.pt"), 0)
+    assert_same_weights(torch.load(tmp_path / "sharded.pt"), expected, 1e-6)
     assert "multiple of the rows of a batch" in (tmp_path / "refused.txt").read_text()

@@ -36,6 +36,7 @@ SEQ2SEQ = [name for name, (config_class, _) in MODEL_CLASSES.items() if config_c
 BASES = [next(iter(classes)).__name__ for classes in REGISTRATION.values()]
 POOLED = ["RNNForSequenceClassification", "RNNForMultipleChoice"]
 HEADS = [name for name in MODEL_CLASSES if name not in BASES]
+STATEFUL = ["RNNModel", "RNNForCausalLM", *SEQ2SEQ]
 VOCABULARY_HEADS = ["RNNForCausalLM", "RNNForMaskedLM", "RNNSeq2SeqForConditionalGeneration"]
 over_classes = pytest.mark.parametrize("name", MODEL_CLASSES)
 over_families = pytest.mark.parametrize("config_class", REGISTRATION, ids=lambda config_class: config_class.__name__)
@@ -119,20 +120,27 @@ def test_attention_implementations(name, tmp_path):
 @over_classes
 def test_every_combination_of_outputs(name):
     """Hidden states and attentions, each or both or none, as a dictionary or a tuple, asked for here or there."""
-    model, inputs = make_model(name), padded_inputs(name, with_labels=True)
+    for options, with_cache in itertools.product(variants(name), [False, True]):
+        check_combinations_of_outputs(name, options, with_cache)
+
+
+def check_combinations_of_outputs(name, options, with_cache):
+    """The same numbers in every combination, and nothing but what was asked for."""
+    model, inputs = make_model(name, **options), padded_inputs(name, with_labels=True) | {"use_cache": with_cache}
     states = ["encoder_hidden_states", "decoder_hidden_states"] if name in SEQ2SEQ else ["hidden_states"]
     attentions = ["cross_attentions"] if name in SEQ2SEQ else []
-    plain = model(**inputs, use_cache=False)
+    plain = model(**inputs)
+    assert any(hasattr(value, "get_seq_length") for value in plain.values()) == (with_cache and name in STATEFUL)
     fields = list(type(plain).__dataclass_fields__)
     for with_states, with_attentions in itertools.product([False, True], repeat=2):
         asked = {"output_hidden_states": with_states, "output_attentions": with_attentions}
         expected = set(plain) | set(states * with_states) | set(attentions * with_attentions)
-        by_call = model(**inputs, **asked, use_cache=False)
+        by_call = model(**inputs, **asked)
         config = copy.deepcopy(model.config)
         for key, value in asked.items():
             setattr(model.config, key, value)
-        by_config = model(**inputs, use_cache=False)
-        as_tuple = model(**inputs, use_cache=False, return_dict=False)
+        by_config = model(**inputs)
+        as_tuple = model(**inputs, return_dict=False)
         model.config = model.base_model.config = config
         for module in model.modules():
             if hasattr(module, "config"):
@@ -141,7 +149,11 @@ def test_every_combination_of_outputs(name):
         # In the order of the fields, so that the tuples are those of other models.
         assert list(by_call) == [field for field in fields if field in expected]
         assert len(as_tuple) == len(expected)
+        assert all(len(by_call[field]) == 3 for field in states * with_states)  # embeddings and two layers
         for field, value in zip(by_call, as_tuple):
+            if hasattr(value, "get_seq_length"):
+                assert type(value) is type(by_call[field])
+                continue
             one, other = by_call[field], value
             if not isinstance(one, tuple):
                 one, other = (one,), (other,)
@@ -494,21 +506,27 @@ def test_weights_given_as_a_dictionary(name):
 @over_classes
 def test_half_precision(name, tmp_path):
     """float16 by both names of the argument, by the configuration's own, and as it was saved; float32 otherwise."""
-    model = make_model(name, torch.float32)
-    model.save_pretrained(tmp_path / "single")
+    for index, options in enumerate(variants(name)):
+        check_half_precision(name, options, tmp_path / str(index))
+
+
+def check_half_precision(name, options, folder):
+    """Saved in float32, loaded and saved in float16, and loaded once more."""
+    model = make_model(name, torch.float32, **options)
+    model.save_pretrained(folder / "single")
     model_class = MODEL_CLASSES[name][1]
     expected = first_output(model, name)
     for keywords in ({"dtype": torch.float16}, {"torch_dtype": torch.float16}, {"dtype": "float16"}):
-        half = model_class.from_pretrained(tmp_path / "single", **keywords)
+        half = model_class.from_pretrained(folder / "single", **keywords)
         assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
         output = first_output(half, name)
         assert output.dtype == torch.float16
         is_padding = expected == torch.finfo(torch.float32).min
         torch.testing.assert_close(output[~is_padding].float(), expected[~is_padding], rtol=0.01, atol=0.02)
-    half.save_pretrained(tmp_path / "half")
-    assert AutoConfig.from_pretrained(tmp_path / "half").dtype == torch.float16
-    assert model_class.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.float16
-    assert model_class.from_pretrained(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
+    half.save_pretrained(folder / "half")
+    assert AutoConfig.from_pretrained(folder / "half").dtype == torch.float16
+    assert model_class.from_pretrained(folder / "half", dtype="auto").dtype == torch.float16
+    assert model_class.from_pretrained(folder / "half", dtype=torch.float32).dtype == torch.float32
 
 
 @over_classes

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -158,22 +159,57 @@ def steps_of(output_dir: Path) -> int:
     return json.loads((output_dir / "trainer_state.json").read_text())["global_step"]
 
 
+# A script, options, how many rows of a training there are, and the Auto class that loads what was trained.
+SMALL = {name: value for name, value in TINY_TRANSLATOR.items() if name != "vocab_size"}
+LAUNCHED = {
+    "translate.py": (TINY_TRANSLATOR, 256, "AutoModelForSeq2SeqLM"),
+    "transduce.py": (SMALL | {"max_new_tokens": 8}, 256, "AutoModelForSeq2SeqLM"),
+    "language_model.py": (
+        {"hidden_size": 16, "num_train_epochs": 2, "block_size": 32, "max_new_tokens": 20}
+        | {"per_device_train_batch_size": 8},
+        -(-(int(len(TEXT) * 0.9) - 1) // 32),
+        "AutoModelForCausalLM",
+    ),
+    "classify.py": (SMALL, 256, "AutoModelForSequenceClassification"),
+    "tag.py": (
+        {name: value for name, value in SMALL.items() if name != "max_predict_samples"},
+        256,
+        "AutoModelForTokenClassification",
+    ),
+    # One window for each question.
+    "read.py": (TINY_TRANSLATOR | {"max_seq_length": 5000}, 256, "AutoModelForQuestionAnswering"),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "processes"), [(TORCHRUN, 2), (ACCELERATE, 1)], ids=["torchrun", "accelerate"])
-def test_launchers(launcher, processes, tmp_path):
+@pytest.mark.parametrize("script", LAUNCHED)
+def test_launchers(script, launcher, processes, tmp_path):
     """Under a launcher the processes share the data, and the first alone prints and writes."""
-    output = run("translate.py", tmp_path / "translator", launcher=launcher, **TINY_TRANSLATOR)
-    assert steps_of(tmp_path / "translator") == 2 * 256 // (32 * processes)
-    assert output.count("Model, scores and translations:") == output.count("sacreBLEU, 5 beams") == 1
-    assert len((tmp_path / "translator" / "test_translations.jsonl").read_text().splitlines()) == 16
-    assert json.loads((tmp_path / "translator" / "all_results.json").read_text())["test_samples"] == 16
-    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "translator")
+    options, rows, auto_class = LAUNCHED[script]
+    options = dict(options)
+    if script == "language_model.py":
+        options["train_file"] = tmp_path / "text.txt"
+        options["train_file"].write_text(TEXT)
+    output = run(script, tmp_path / "out", launcher=launcher, **options)
+    assert steps_of(tmp_path / "out") == 2 * -(-rows // (options["per_device_train_batch_size"] * processes))
+    assert output.count("Model, scores and ") == output.count(" parameters, ") == 1
+    getattr(transformers, auto_class).from_pretrained(tmp_path / "out")
+    if script == "translate.py":
+        assert output.count("sacreBLEU, 5 beams") == 1
+        assert len((tmp_path / "out" / "test_translations.jsonl").read_text().splitlines()) == 16
+        assert json.loads((tmp_path / "out" / "all_results.json").read_text())["test_samples"] == 16
 
-    (tmp_path / "text.txt").write_text(TEXT)
-    options = {"hidden_size": 16, "num_train_epochs": 1, "block_size": 32, "max_new_tokens": 20}
-    options |= {"per_device_train_batch_size": 8, "train_file": tmp_path / "text.txt"}
-    output = run("language_model.py", tmp_path / "model", launcher=launcher, **options)
-    blocks = -(-(int(len(TEXT) * 0.9) - 1) // 32)
-    assert steps_of(tmp_path / "model") == -(-blocks // (8 * processes))
-    assert output.count("Model, scores and samples:") == output.count("--- sample 1 ---") == 1
-    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_comparison_under_a_launcher(launcher, tmp_path):
+    """Each of the processes takes part in every run, and one of them reports."""
+    options = TINY_TRANSLATOR | {"num_train_epochs": 1, "num_beams": 2, "max_new_tokens": 8}
+    output = run(
+        "compare_attention.py", tmp_path / "out", launcher=launcher, decoders="luong", scores="dot,general", **options
+    )
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in output
+    assert output.count("| luong | general |") == 1
+    assert steps_of(tmp_path / "out" / "luong-general") == (4 if launcher is TORCHRUN else 8)

@@ -19,9 +19,12 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 from transformers import AutoTokenizer, TrainerControl, TrainerState  # noqa: E402
 
+import classify  # noqa: E402
 import compare_attention  # noqa: E402
 import language_model  # noqa: E402
 import prepare_scan  # noqa: E402
+import read  # noqa: E402
+import tag  # noqa: E402
 import training_helpers  # noqa: E402
 import transduce  # noqa: E402
 import translate  # noqa: E402
@@ -542,3 +545,21 @@ class TestStopping:
         monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
         expected = "python examples/translate.py --output_dir 'my out' --seed=3 --resume_from_checkpoint true"
         assert training_helpers.resume_command() == expected
+
+
+SCRIPT_ARGUMENTS = [
+    classify.ClassificationTrainingArguments,
+    language_model.LanguageModelTrainingArguments,
+    PairTrainingArguments,
+    read.ReaderTrainingArguments,
+    tag.TaggingArguments,
+    transduce.TransductionTrainingArguments,
+]
+
+
+@pytest.mark.parametrize("arguments_class", SCRIPT_ARGUMENTS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_processes_without_a_gpu(arguments_class, bf16, tmp_path, monkeypatch):
+    """Several processes share the data only where they know that a CPU is meant, whatever the precision."""
+    monkeypatch.setattr(training_helpers.torch.accelerator, "is_available", lambda: False)
+    assert arguments_class(str(tmp_path), bf16=bf16).use_cpu

@@ -530,6 +530,72 @@ def state_layers(cache):
 test_forwards, test_many_forwards = fuzz(check_forward, 1000, case=forwards())
 
 
+# Losses.
+
+# With a number of labels, by which the loss is divided.
+LABELLED = ["RNNForCausalLM", "RNNForMaskedLM", "RNNForSequenceClassification", "RNNForTokenClassification"]
+LABELLED += ["RNNSeq2SeqForConditionalGeneration"]
+
+
+@st.composite
+def labelled(draw):
+    """A model, inputs with a mask, and labels of which any may be missing."""
+    name, model = draw(models(LABELLED))
+    rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    inputs = {"input_ids": draw(tokens(rows, length))}
+    mask = draw(masks(rows, length))
+    if mask is not None:
+        inputs["attention_mask"] = mask
+    shape = (rows,) if name == "RNNForSequenceClassification" else (rows, length)
+    if name in SEQ2SEQ:
+        shape = (rows, draw(st.integers(1, 5)))
+    num_labels = VOCAB_SIZE if name in LANGUAGE_MODELS + SEQ2SEQ else model.config.num_labels
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    labels = torch.randint(0, num_labels, shape, generator=generator)
+    if len(shape) == 2:
+        share = draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+        labels[torch.rand(shape, generator=generator) < share] = -100
+    if getattr(model.config, "id2intent", None):
+        inputs["intents"] = torch.randint(0, 2, (rows,), generator=generator)
+    return name, model, inputs | {"labels": labels}
+
+
+def loss_and_gradients(model, batches, num_items):
+    """Summed over batches."""
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = model(**batch, num_items_in_batch=num_items).loss
+        loss.backward()
+        total += loss.item()
+    return total, {
+        key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+def check_loss(case):
+    """The loss of a batch and its gradients are finite and those of its rows in the plain loop, with few labels too."""
+    name, model, inputs = case
+    model.train()
+    labels = inputs["labels"]
+    num_items = torch.tensor(max(int((labels[..., 1 if name == "RNNForCausalLM" else 0 :] != -100).sum()), 1))
+    loss, actual = loss_and_gradients(model, [inputs], num_items)
+    assert math.isfinite(loss)
+    rows = [{key: value[row : row + 1] for key, value in inputs.items()} for row in range(len(labels))]
+    with loop_only():
+        expected_loss, expected = loss_and_gradients(model, rows, num_items)
+    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-5)  # transformers adds up in float32
+    for key in expected.keys() | actual.keys():
+        assert key in actual or not expected[key].any(), key
+        assert key in expected or not actual[key].any(), key
+        if key in actual and key in expected:
+            assert actual[key].isfinite().all(), key
+            torch.testing.assert_close(actual[key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+test_losses, test_many_losses = fuzz(check_loss, 500, case=labelled())
+
+
 # Inputs of a wrong shape.
 
 FIXED_MODELS = {name: make_fuzzed_model(name, {"hidden_size": 3, "embedding_size": 2}) for name in MODEL_CLASSES}

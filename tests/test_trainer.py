@@ -106,7 +106,7 @@ def test_bf16(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["RNNForCausalLM", SEQ2SEQ])
+@over_tasks
 def test_torch_compile(name, tmp_path):
     """A compiled training goes through the same losses, and soon."""
     losses = {}
@@ -140,9 +140,7 @@ def smoothed(logits, labels, epsilon):
     ).item()
 
 
-@pytest.mark.parametrize(
-    "name", ["RNNForCausalLM", "RNNForMaskedLM", "RNNForSequenceClassification", "RNNForTokenClassification", SEQ2SEQ]
-)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "RNNForQuestionAnswering"])
 def test_label_smoothing(name, tmp_path):
     """What has no label does not count, and a language model is asked for the next token."""
     trainer = make_trainer(name, tmp_path, label_smoothing_factor=0.2, per_device_eval_batch_size=6)
@@ -210,7 +208,7 @@ def embeddings_seen(model):
     return seen
 
 
-@pytest.mark.parametrize("name", ["RNNForCausalLM", "RNNForSequenceClassification", SEQ2SEQ])
+@over_tasks
 def test_neftune(name, tmp_path):
     """Noise on the embeddings of source and target while training, of the size asked for, and at no other time."""
     alpha = 3.0
@@ -412,7 +410,7 @@ def test_early_stopping_and_the_best_model(name, tmp_path):
 # Accelerate without a trainer.
 
 
-@pytest.mark.parametrize("name", ["RNNForCausalLM", "RNNForTokenClassification", SEQ2SEQ])
+@over_tasks
 def test_accelerator(name, tmp_path):
     """A plain loop: prepare, accumulate, clip, save and load the state; it goes on as if nothing had happened."""
     examples = make_examples(name, main_options(name))
