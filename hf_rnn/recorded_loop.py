@@ -94,6 +94,13 @@ def _end_capture_of_random_numbers() -> None:
         graph.capture_end()
 
 
+@functools.cache
+def _bare_cell(cell_class: type[RecurrentCell], input_size: int, hidden_size: int, training: bool) -> RecurrentCell:
+    """A cell without weights, to be called with others; the same one each time, as a compiler looks for that."""
+    with torch.device("meta"):
+        return cell_class(input_size, hidden_size).train(training)
+
+
 class _Loop:
     """
     Room for one sequence at a time: copies of the weights of a cell, and the pieces that read a sequence with them.
@@ -111,8 +118,7 @@ class _Loop:
         self.in_use = False
         self.pieces: dict[tuple[int, bool], _Piece] = {}
         self.kept = None if kept is None else kept.detach().clone()
-        with torch.device("meta"):
-            self.cell = type(cell)(cell.input_size, cell.hidden_size).train(cell.training)
+        self.cell = _bare_cell(type(cell), cell.input_size, cell.hidden_size, cell.training)
         self.weights = {name: weight.detach().clone() for name, weight in cell.named_parameters()}
         self._look_at_a_step(project_inputs(cell, inputs[:, 0]).detach(), tuple(part.detach() for part in state))
         for weight in self.weights.values():
