@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 
 State = tuple[torch.Tensor, ...]
 
 # Above as many numbers under the tanh of an additive score they are computed again in the backward instead of kept: a
-# decoder that runs step by step would keep them for each step.
+# decoder that runs step by step would keep them for each step. So are keys that the state of the attention changes.
 MOST_TANH_KEPT = 2**18
 # As many are computed at a time, on a CPU such that they stay in its cache.
 TANH_AT_ONCE = {"cpu": 2**19}
@@ -251,7 +252,8 @@ def additive_comparison(queries: torch.Tensor, keys: torch.Tensor, vector: torch
 
 
 def _tanh(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(queries.unsqueeze(3) + keys.unsqueeze(2))  # [batch, heads, target, source, size]
+    # In place: where large tensors overlap, the heap does not use their memory again.
+    return (queries.unsqueeze(3) + keys.unsqueeze(2)).tanh_()  # [batch, heads, target, source, size]
 
 
 def _compare(queries: torch.Tensor, keys: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -273,10 +275,10 @@ class _AdditiveComparison(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        queries, keys, vector = ctx.saved_tensors
+        queries, keys, vector = tensors = ctx.saved_tensors  # a checkpoint gives them once
         if torch.is_grad_enabled():
             # Second derivatives are asked for, which need the graph of the first: all at once.
-            needed = [tensor for tensor, is_needed in zip(ctx.saved_tensors, ctx.needs_input_grad) if is_needed]
+            needed = [tensor for tensor, is_needed in zip(tensors, ctx.needs_input_grad) if is_needed]
             scores = _compare(queries, keys, vector)
             found = iter(torch.autograd.grad(scores, needed, gradient, create_graph=True))
             return *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[:3]), None
@@ -440,9 +442,10 @@ class CoverageFeatures(nn.Module):
         bound = (6 / (1 + self.weight.numel() // self.num_heads)) ** 0.5
         init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, coverage: torch.Tensor) -> torch.Tensor:
-        """`[batch, heads, source]` to `[batch, heads, source, size / heads]`."""
-        return coverage.to(self.weight.dtype).unsqueeze(-1) * self.weight.view(1, self.num_heads, 1, -1)
+    def forward(self, coverage: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """The keys `[batch, heads, source, size / heads]` with what a coverage `[batch, heads, source]` adds."""
+        weight = self.weight.to(keys.dtype).view(1, self.num_heads, 1, -1)
+        return torch.addcmul(keys, coverage.to(keys.dtype).unsqueeze(-1), weight)
 
 
 class _Keys(NamedTuple):
@@ -558,15 +561,33 @@ class Attention(nn.Module):
         keys = split_heads(_keys_of(self.score, features) if again else self.score.project_keys(features), heads)
         return AttentionMemory(keys, split_heads(features, heads), None if mask is None else mask.bool()[:, None, None])
 
-    def _keys(self, memory: AttentionMemory, state: State) -> torch.Tensor:
-        """The keys of the memory with what the state adds to them."""
+    def _scores_with_state(self, queries: torch.Tensor, memory: AttentionMemory, state: State) -> torch.Tensor:
+        """The scores with what the state adds to the keys of the memory."""
         keys = memory.keys
         for name, values in zip(self.state_names, state):
             if name == "weights":
                 keys = keys + self.score.weight_features(values, memory)
             elif name == "coverage":
-                keys = keys + self.coverage(values).to(keys.dtype)
-        return keys
+                keys = self.coverage(values, keys)
+        return self.score(queries, memory._replace(keys=keys))
+
+    def _scores(self, queries: torch.Tensor, memory: AttentionMemory, state: State) -> torch.Tensor:
+        """The scores `[batch, heads, target, source]`."""
+        if not self.state_names:
+            return self.score(queries, memory)
+        state = state or self.initial_state(memory)
+        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if in_graph or not torch.is_grad_enabled() or memory.keys.numel() <= MOST_TANH_KEPT:
+            return self._scores_with_state(queries, memory, state)
+
+        # A position has keys of its own, which would be kept for each.
+        def scores(queries, memory, state):
+            # Written to what was there before them, as in `_AdditiveComparison`.
+            size, dtype = memory.keys.shape[2], torch.promote_types(memory.keys.dtype, torch.float32)
+            place = memory.keys.new_empty(*queries.shape[:3], size, dtype=dtype)
+            return place.copy_(self._scores_with_state(queries, memory, state))
+
+        return checkpoint(scores, queries, memory, state, use_reentrant=False, preserve_rng_state=False)
 
     def forward(
         self, queries: torch.Tensor, memory: AttentionMemory, state: State = ()
@@ -582,9 +603,7 @@ class Attention(nn.Module):
             The context `(batch, target, key_size)` and the weights `(batch, heads, target, source)`.
         """
         queries = split_heads(self.score.project_queries(queries), self.score.num_heads)
-        if self.state_names:
-            memory = memory._replace(keys=self._keys(memory, state or self.initial_state(memory)))
-        scores = self.score(queries, memory)  # [batch, heads, target, source]
+        scores = self._scores(queries, memory, state)  # [batch, heads, target, source]
         if memory.mask is not None:
             scores = scores.masked_fill(~memory.mask, torch.finfo(scores.dtype).min)
         weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))

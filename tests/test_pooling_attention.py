@@ -349,6 +349,48 @@ def test_additive_scores_keep_no_tanh():
     assert max(kept) < 4 * 50 * 60 * 64 / 10
 
 
+# What reads the state of the attention: score, and whether with coverage.
+WITH_STATE = [(name, True) for name in ATTENTION_SCORES] + [("location", False)]
+
+
+@pytest.mark.parametrize(("name", "coverage"), WITH_STATE)
+def test_keys_with_a_state_computed_again_are_those_kept(name, coverage, monkeypatch):
+    """Position by position: the same contexts, weights, gradients and second derivatives."""
+    attention, mask = make_attention(name, (6, 12, 2), coverage=coverage), make_mask(SEQ)
+    results = []
+    for most in (2**18, 0):
+        monkeypatch.setattr("hf_rnn.attention.MOST_TANH_KEPT", most)
+        queries, values = random(6, 5, 6).requires_grad_(), random(6, SEQ, 12, seed=1).requires_grad_()
+        context, alphas, _ = attention.walk(queries, attention.prepare(values, mask))
+        inputs = [queries, values, *attention.parameters()]
+        first = torch.autograd.grad((context * random(6, 5, 12, seed=2)).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs, allow_unused=True)
+        results.append([context, alphas, *first, *(gradient for gradient in second if gradient is not None)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "coverage"), WITH_STATE)
+def test_attention_with_a_state_keeps_no_keys(name, coverage, monkeypatch):
+    """What the graph of a large source keeps is much less than the keys that every position had."""
+    attention = make_attention(name, (64, 64, 1), torch.float32, coverage)
+    queries, values = random(4, 20, 64, dtype=torch.float32), random(4, 60, 64, seed=1, dtype=torch.float32)
+    kept = {}
+    for most in (2**18, 0):
+        monkeypatch.setattr("hf_rnn.attention.MOST_TANH_KEPT", most)
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            attention.walk(queries.requires_grad_(), attention.prepare(values, None))
+        kept[most] = sum(tensor.numel() for tensor in storages.values())
+    of_all_positions = 4 * 20 * 60 * 64
+    assert kept[0] < of_all_positions / 3 < of_all_positions < kept[2**18]
+
+
 def test_a_local_score_sees_its_window():
     """Tokens further away than the window have no weight, those inside have some; every head has its own window."""
     attention = randomize(Attention(LocalScore(6, 6, 2, window=2)).double())

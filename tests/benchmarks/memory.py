@@ -49,19 +49,23 @@ def checkpointing(settings: Settings, num_layers: int) -> Measurement:
     return Measurement(with_checkpoints / without, floor=gradients / without, note=note)
 
 
-def prepare_attention(settings: Settings, kept: bool, batch: int, target: int, source: int, hidden: int):
+def prepare_attention(
+    settings: Settings, kept: bool, score: str, coverage: bool, batch: int, target: int, source: int, hidden: int
+):
     """A forward and backward of additive attention, with all tanh kept or computed again."""
     torch.manual_seed(0)
     if kept:
         attention.MOST_TANH_KEPT = 2**62
-    attend = attention.Attention(attention.AdditiveScore(hidden, hidden)).to(settings.device)
+    attend = attention.Attention(attention.ATTENTION_SCORES[score](hidden, hidden), coverage).to(settings.device)
     torch.nn.init.normal_(attend.score.vector)
+    if coverage:
+        torch.nn.init.normal_(attend.coverage.weight)
     queries, features = (
         torch.randn(batch, length, hidden, device=settings.device, requires_grad=True) for length in (target, source)
     )
 
     def run():
-        context, _ = attend(queries, attend.prepare(features, None))
+        context, *_ = attend.walk(queries, attend.prepare(features, None))
         context.sum().backward()
 
     return run
@@ -71,11 +75,27 @@ def prepare_attention(settings: Settings, kept: bool, batch: int, target: int, s
     "additive-memory",
     "peak memory of additive attention, forward and backward, T = 64, S = 100, computed again / kept",
     {"cpu": 0.15, "cuda": 0.75},
+    score="additive",
+    coverage=False,
 )
-def additive(settings: Settings) -> Measurement:
+@benchmark(
+    "coverage-memory",
+    "the same with coverage, position by position",
+    {"cpu": 0.25, "cuda": 0.75},
+    score="additive",
+    coverage=True,
+)
+@benchmark(
+    "location-memory",
+    "the same of location-aware attention, position by position",
+    {"cpu": 0.50, "cuda": 0.75},
+    score="location",
+    coverage=False,
+)
+def additive(settings: Settings, score: str, coverage: bool) -> Measurement:
     """Batch 32, hidden 512; the floor are the gradients of queries, features and weights, and the projected keys."""
     batch, target, source, hidden = settings.size((32, 64, 100, 512), (2, 8, 8, 16))
-    sizes = {"batch": batch, "target": target, "source": source, "hidden": hidden}
+    sizes = {"score": score, "coverage": coverage, "batch": batch, "target": target, "source": source, "hidden": hidden}
     most = attention.MOST_TANH_KEPT
     try:
         kept, again = (
