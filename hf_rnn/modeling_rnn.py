@@ -253,7 +253,8 @@ class RNNModel(RNNPreTrainedModel):
             starts (`torch.Tensor` of shape `(batch, seq)`, *optional*): True where a text begins within a row.
             past_key_values, use_cache, output_gates: As in [`RNNModel.forward`].
         """
-        has_state = not self.config.bidirectional and self.word_encoder is None
+        # A look into the layers: one into the configuration takes a few per cent of a single step.
+        has_state = self.layers[0].cell_reverse is None and self.word_encoder is None
         if not has_state and past_key_values is not None:
             reason = "`bidirectional` is True" if self.config.bidirectional else "`word_encoder` is set"
             raise ValueError(f"`past_key_values` must be None where {reason}: there is no state to carry.")
@@ -269,7 +270,7 @@ class RNNModel(RNNPreTrainedModel):
             use_cache = False
         if starts is not None and past_key_values is None:
             padding = PackedPadding(starts, None if padding is None else padding.mask)
-        target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
+        target = cache_to_fill(self.config, past_key_values, use_cache, self.training, len(self.layers))
         needs_gates = bool(vars(self.config).get("output_gates", False) if output_gates is None else output_gates)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         for layer_idx, layer in enumerate(self.layers):

@@ -324,7 +324,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 f"`encoder_hidden_states` must have the shape ({batch_size}, source, {memory_size}), got "
                 f"{source_shape}."
             )
-        target = cache_to_fill(self.config, past_key_values, use_cache, self.training)
+        num_layers = len(self.layers) + self.config.attention_has_state
+        target = cache_to_fill(self.config, past_key_values, use_cache, self.training, num_layers)
         memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask, again=seq_length == 1)
         states = self._initial_states(past_key_values, encoder_final_states, memory)
         recording = is_recording(target, 0)

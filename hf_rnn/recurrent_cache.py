@@ -284,7 +284,9 @@ def _check_layers(past_key_values: Cache, num_layers: int) -> None:
         raise ValueError(f"`past_key_values` must hold the states of {num_layers} layers, got {len(layers)}.")
 
 
-def cache_to_fill(config, past_key_values: Cache | None, use_cache: bool | None, training: bool) -> Cache | None:
+def cache_to_fill(
+    config, past_key_values: Cache | None, use_cache: bool | None, training: bool, num_layers: int
+) -> Cache | None:
     """
     The cache that a forward writes its final state to, or None.
 
@@ -294,14 +296,14 @@ def cache_to_fill(config, past_key_values: Cache | None, use_cache: bool | None,
         past_key_values (`Cache`, *optional*): The cache to go on from, which is then the one to fill.
         use_cache (`bool`, *optional*): Whether the state is asked for.
         training (`bool`): Whether the model is in training mode.
+        num_layers (`int`): How many layers a cache of this model has.
 
     Raises:
         `TypeError`: `past_key_values` is no cache.
         `ValueError`: It holds the states of a model with another number of layers.
     """
     if past_key_values is not None:
-        has_more = config.is_encoder_decoder and config.attention_has_state
-        _check_layers(past_key_values, len(config.layer_types) + has_more)
+        _check_layers(past_key_values, num_layers)
     if use_cache is None:
         use_cache = past_key_values is not None or (config.use_cache and not training)
     if not use_cache or past_key_values is not None:
