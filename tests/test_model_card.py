@@ -372,7 +372,7 @@ def test_trainer(tmp_path):
     assert "- learning_rate: 0.25\n" in training
     assert "| Training Loss | Epoch | Step | Validation Loss | Accuracy |" in training
     assert training.count("| 0.75 |") == 2
-    assert f"torch {torch.__version__}" in training
+    assert f"torch {torch.__version__.split('+')[0]}" in training
     assert len(snippets(card.text)) == 2
     # Written once more, over the last.
     trainer.create_model_card(tags="mine")
