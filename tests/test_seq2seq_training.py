@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from hf_rnn.training import ScheduledSampling
+from clients import make_tokenizer
+from hf_rnn.training import AlignmentCollator, ScheduledSampling, read_alignment
 from matrix import DECODERS, MODEL_CLASSES, make_config, make_inputs, make_mask, make_model
 
 
@@ -218,3 +219,63 @@ def test_the_schedule_is_saved_and_resumed(tmp_path):
         assert AutoConfig.from_pretrained(tmp_path / name / "checkpoint-5").scheduled_sampling == 0.5
     for key, parameter in results[0].items():
         assert torch.equal(parameter, results[1][key]), key
+
+
+# Alignments in batches.
+
+
+def aligned_examples() -> list[dict]:
+    """Sources and targets of their own lengths, of which one word belongs to another; of the last nobody knows."""
+    return [
+        {"input_ids": [5, 6, 7], "labels": [8, 9], "alignments": [(0, 1), (2, 0), (1, 0)]},
+        {"input_ids": [5, 6, 7, 4, 9], "labels": [8, 9, 7, 2], "alignments": "4-3 0-0"},
+        {"input_ids": [6], "labels": [4, 2]},
+    ]
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_alignments_in_batches(padding_side):
+    tokenizer = make_tokenizer(padding_side=padding_side)
+    collator = AlignmentCollator(DataCollatorForSeq2Seq(tokenizer))
+    examples = aligned_examples()
+    batch = collator(examples)
+    expected = {(1, 0, 0): 5, (1, 3, 4): 9} | {(0, 1, 0): 5, (0, 0, 2): 7, (0, 0, 1): 6}
+    starts = [(2, 2), (0, 0)] if padding_side == "left" else [(0, 0), (0, 0)]
+    assert batch["alignments"].shape == (3, 4, 5)
+    assert batch["alignments"].sum() == len(expected)
+    for (row, target, source), token in expected.items():
+        place = target + starts[row][0], source + starts[row][1]
+        assert batch["alignments"][(row, *place)] == 1
+        assert batch["input_ids"][row, place[1]] == token
+        assert batch["labels"][row, place[0]] == examples[row]["labels"][target]
+    assert "alignments" in examples[0]  # nobody took them away
+
+
+def test_training_with_alignments(tmp_path):
+    """Attention learns to look where it is told to, by the stock Trainer."""
+    examples = [{"input_ids": [5, 6, 7, 4], "labels": [8, 9, 7, 2], "alignments": "3-0 2-1 1-2 0-3"}] * 8
+    model = make_model(NAME, torch.float32)
+    collator = AlignmentCollator(DataCollatorForSeq2Seq(make_tokenizer(), model=model))
+    arguments = TrainingArguments(
+        tmp_path, max_steps=60, learning_rate=0.02, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=examples, data_collator=collator)
+    trainer.train()
+    batch = {name: value for name, value in collator(examples[:1]).items() if name != "alignments"}
+    weights = model.eval()(**batch, output_attentions=True).cross_attentions[0][0, 0]
+    assert weights.argmax(-1).tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("pair", [(3, 0), (0, 2), (-1, 0)])
+def test_alignments_outside_of_their_example(pair):
+    examples = [aligned_examples()[0] | {"alignments": [pair]}, aligned_examples()[1]]
+    with pytest.raises(ValueError, match=r"below the 3 source and 2 target tokens.*got \(" + str(pair[0])):
+        AlignmentCollator(DataCollatorForSeq2Seq(make_tokenizer()))(examples)
+
+
+def test_lines_of_alignments():
+    assert read_alignment("0-0 12-3\n") == [(0, 0), (12, 3)]
+    assert read_alignment("") == []
+    for wrong in ("0-0 1", "1-a", "-1-2"):
+        with pytest.raises(ValueError, match="pairs such as '0-1', got"):
+            read_alignment(wrong)

@@ -1,5 +1,6 @@
 """Helpers for training, which no checkpoint needs."""
 
+from .alignments import AlignmentCollator, read_alignment
 from .carried_state import CarriedStateTrainer, StreamBlocks
 from .labelled_tokens import ids_without_label
 from .scheduled_sampling import ScheduledSampling
@@ -8,6 +9,7 @@ from .words import first_continuation_id, fold_word, frequent_words, make_word_t
 
 
 __all__ = [
+    "AlignmentCollator",
     "CarriedStateTrainer",
     "ScheduledSampling",
     "StreamBlocks",
@@ -18,6 +20,7 @@ __all__ = [
     "ids_without_label",
     "make_word_tokenizer",
     "place_word_vectors",
+    "read_alignment",
     "read_word_vectors",
     "set_word_table",
     "whole_words",
