@@ -319,7 +319,7 @@ recorder = Recorder()
 
 def may_record() -> bool:
     """Whether a recording may be made now: not within a backward, whose work belongs to others."""
-    return torch._C._current_graph_task_id() == -1
+    return _current_backward() == -1
 
 
 def _is_plain(cell: RecurrentCell) -> bool:
@@ -335,6 +335,9 @@ def _is_plain(cell: RecurrentCell) -> bool:
     return all(type(weight) in (torch.nn.Parameter, torch.Tensor) for weight in cell.parameters())
 
 
+# None of these has a public door; where one is missing, nothing is recorded.
+_current_backward = getattr(torch._C, "_current_graph_task_id", lambda: "unknown")
+_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
 
 
@@ -352,7 +355,7 @@ def takes_recording(cell: RecurrentCell, inputs: torch.Tensor, needs_history: bo
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not _is_capturing()
-        and not torch._C._are_functorch_transforms_active()
+        and not _transforms_are_active()
         # Gradient checkpointing compares what is kept with what is kept when the same runs again.
         and _top_hooks(True) is None
         and may_take("recorded_loop")
