@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import may_take
+from .fast_paths import has_hooks, may_take, transforms_are_active
 from .large_products import apply_linear, large_linear, weight_gradient
 from .vocabulary_loss import linear_cross_entropy
 
@@ -39,19 +39,14 @@ def _may_defer(projection: nn.Module, hidden_states: torch.Tensor) -> bool:
         return False
     if not may_take("chunked_loss"):
         return False
-    if type(projection) is not nn.Linear or "forward" in vars(projection) or _has_hooks(projection):
+    if type(projection) is not nn.Linear or "forward" in vars(projection) or has_hooks(projection):
         return False
-    if getattr(torch._C, "_are_functorch_transforms_active", lambda: False)():
+    if transforms_are_active():
         return False
     tensors = [hidden_states, projection.weight] + ([] if projection.bias is None else [projection.bias])
     if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_inference() for tensor in tensors):
         return False
     return hidden_states.device.type != "meta" and any(tensor.requires_grad for tensor in tensors)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return any(getattr(module, kind) for kind in kinds)
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

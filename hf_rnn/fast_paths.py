@@ -8,6 +8,9 @@ import contextlib
 import os
 from contextvars import ContextVar
 
+import torch
+from torch import nn
+
 
 FAST_PATHS = {
     "torch_kernel": "torch's kernels (oneDNN, cuDNN or ATen) over whole sequences, for the cells that they know",
@@ -75,3 +78,17 @@ def loop_only(enabled: bool = True):
         yield
     finally:
         _ruled_out.reset(token)
+
+
+# What keeps more than one fast path from serving.
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of a module, and would not see those that go around it."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def transforms_are_active() -> bool:
+    """Whether a transformation of `torch.func` wraps what is computed."""
+    return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import may_take
+from .fast_paths import may_take, transforms_are_active
 from .packed_linear import can_pack, multiply, packed_linear
 
 
@@ -32,7 +32,7 @@ def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         # Neither what is sharded or quantised, nor what a transformation of functions wraps.
         and type(inputs) in (torch.Tensor, nn.Parameter)
         and type(weight) in (torch.Tensor, nn.Parameter)
-        and not getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
+        and not transforms_are_active()
         and inputs.dtype == torch.float32
         and may_take("large_products")
         and is_large(inputs, weight)

@@ -15,13 +15,13 @@ import logging
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .fast_paths import may_take
+from .fast_paths import has_hooks, may_take, transforms_are_active
 from .linear_calls import project_inputs
 from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State, masked_step
 from .step_linear import StepLinear
@@ -92,6 +92,12 @@ def _end_capture_of_random_numbers() -> None:
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
         graph.capture_begin(capture_error_mode="thread_local")
         graph.capture_end()
+
+
+def _write(places: Sequence[torch.Tensor | None], values: Sequence[torch.Tensor | None]) -> None:
+    """Copies values to where a recording reads them, all at once; either both of a pair are None or neither."""
+    pairs = [(place.detach(), value.detach()) for place, value in zip(places, values) if place is not None]
+    torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
 
 @functools.cache
@@ -176,10 +182,7 @@ class _Loop:
 
     def fill(self, weights: list[torch.Tensor], kept: torch.Tensor | None) -> None:
         """Copies the weights of a cell, and what is kept, into this room."""
-        copies, sources = list(self.weights.values()), weights
-        if kept is not None:
-            copies, sources = [*copies, self.kept], [*sources, kept]
-        torch._foreach_copy_([copy.detach() for copy in copies], [source.detach() for source in sources])
+        _write([*self.weights.values(), self.kept], [*weights, kept])
 
     def piece(self, index: int, projected, state, is_token) -> "_Piece | None":
         """The piece at some place of a sequence, recorded if it is not there; None where that must not be done now."""
@@ -227,16 +230,13 @@ class _Piece:
 
     def read(self, projected, state, is_token) -> list[torch.Tensor]:
         """The hidden states `(steps, batch, hidden_size)` and the final state, to be read before the next call."""
-        copies, sources = self.inputs, [projected, *state]
-        if is_token is not None:
-            copies, sources = [*copies, self.is_token], [*sources, is_token]
-        torch._foreach_copy_([copy.detach() for copy in copies], [source.detach() for source in sources])
+        _write([*self.inputs, self.is_token], [projected, *state, is_token])
         self.forward.play()
         return [output.detach() for output in self.outputs]
 
     def differentiate(self, gradients: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """The gradients of inputs, state and weights, from those of what [`~_Piece.read`] returned."""
-        torch._foreach_copy_(self.incoming, list(gradients))
+        _write(self.incoming, gradients)
         self.backward.play()
         return [gradient.clone() for gradient in self.gradients]
 
@@ -322,22 +322,24 @@ def may_record() -> bool:
     return _current_backward() == -1
 
 
+@functools.cache
+def _is_made_of_sizes(cell_class: type[RecurrentCell]) -> bool:
+    return list(inspect.signature(cell_class.__init__).parameters) == ["self", "input_size", "hidden_size"]
+
+
 def _is_plain(cell: RecurrentCell) -> bool:
     """Whether the cell is what its class says: no adapter, no hook, nothing that a step could change."""
     if type(cell) not in RECURRENT_CELLS.values() or any(True for _ in cell.buffers()):
         return False
-    if "forward" in vars(cell) or any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in cell.modules()
-    ):
+    if "forward" in vars(cell) or any(map(has_hooks, cell.modules())):
         return False
-    if list(inspect.signature(type(cell).__init__).parameters) != ["self", "input_size", "hidden_size"]:
-        return False
-    return all(type(weight) in (torch.nn.Parameter, torch.Tensor) for weight in cell.parameters())
+    return _is_made_of_sizes(type(cell)) and all(
+        type(weight) in (torch.nn.Parameter, torch.Tensor) for weight in cell.parameters()
+    )
 
 
-# None of these has a public door; where one is missing, nothing is recorded.
+# Neither has a public door; where one is missing, nothing is recorded.
 _current_backward = getattr(torch._C, "_current_graph_task_id", lambda: "unknown")
-_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
 
 
@@ -355,7 +357,7 @@ def takes_recording(cell: RecurrentCell, inputs: torch.Tensor, needs_history: bo
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not _is_capturing()
-        and not _transforms_are_active()
+        and not transforms_are_active()
         # Gradient checkpointing compares what is kept with what is kept when the same runs again.
         and _top_hooks(True) is None
         and may_take("recorded_loop")
@@ -406,14 +408,16 @@ def play_loop(
             borrowed = recorder.borrow(key, lambda: _Loop(cell, inputs, state, kept, trains))
             if borrowed is None:
                 return None
-            return _play(borrowed, cell, inputs, state, mask, reverse, kept, length)
+            return _play(borrowed, cell, parameters, inputs, state, mask, reverse, kept, length)
     except Exception as error:  # whatever a recording does not allow, the plain loop does
         logger.debug("The loop over %s is not recorded: %s", type(cell).__name__, error)
         recorder.refuse(key)
         return None
 
 
-def _play(borrowed: _Borrowed, cell, inputs, state, mask, reverse, kept, length) -> tuple[torch.Tensor, State] | None:
+def _play(
+    borrowed: _Borrowed, cell, parameters, inputs, state, mask, reverse, kept, length
+) -> tuple[torch.Tensor, State] | None:
     """[`play_loop`] in the room of a loop; None where a piece is missing and must not be recorded now."""
     loop, (batch, seq) = borrowed.loop, inputs.shape[:2]
     rest = -seq % length
@@ -425,7 +429,6 @@ def _play(borrowed: _Borrowed, cell, inputs, state, mask, reverse, kept, length)
         masks[-1] = torch.arange(length, device=inputs.device)[:, None, None].expand(-1, batch, -1) < length - rest
     projected = project_inputs(cell, inputs).transpose(0, 1)
     projected = F.pad(projected.flip(0) if reverse else projected, (0, 0, 0, 0, 0, rest))
-    parameters = dict(cell.named_parameters())
     weights = [parameters[name] for name in loop.weights]
     loop.fill(weights, kept)
     hiddens = []

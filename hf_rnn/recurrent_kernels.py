@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from .fast_paths import may_take
+from .fast_paths import may_take, transforms_are_active
 from .gru_function import run_gru, takes_gru_function
 from .large_products import large_linear
 from .linear_calls import project_inputs
@@ -49,7 +49,7 @@ def _in_one_piece(inputs: torch.Tensor, weights: list[torch.Tensor]) -> list[tor
     if (
         inputs.device.type != "cuda"
         or torch.is_autocast_enabled("cuda")
-        or getattr(torch._C, "_are_functorch_transforms_active", lambda: True)()
+        or transforms_are_active()
         or any(type(weight) not in (torch.Tensor, torch.nn.Parameter) for weight in weights)
     ):
         return weights

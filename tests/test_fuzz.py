@@ -14,6 +14,7 @@ from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, RNNConfig, RNNSeq2SeqConfi
 from hf_rnn.configuration_rnn import POOLING_TYPES, QUESTION_ATTENTIONS
 from hf_rnn.configuration_rnn_seq2seq import DECODER_TYPES
 from matrix import BOS, EOS, GENERATIVE, LANGUAGE_MODELS, MODEL_CLASSES, PAD, VOCAB_SIZE, WORDS
+from test_laws_distributed import backward_over
 
 
 SEQ2SEQ = [name for name, (config_class, _) in MODEL_CLASSES.items() if config_class is RNNSeq2SeqConfig]
@@ -561,13 +562,8 @@ def labelled(draw):
 
 
 def loss_and_gradients(model, batches, num_items):
-    """Summed over batches."""
-    model.zero_grad()
-    total = 0.0
-    for batch in batches:
-        loss = model(**batch, num_items_in_batch=num_items).loss
-        loss.backward()
-        total += loss.item()
+    """Summed over batches; of the weights that have a part in them."""
+    total = backward_over(model, batches, num_items)
     return total, {
         key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None
     }

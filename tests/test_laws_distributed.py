@@ -158,14 +158,20 @@ def assert_moved(state, name, options):
     assert moved > 0.7 * len(before), f"Only {moved} of {len(before)} weights moved."
 
 
-def gradients(model, batches, num_items):
-    """The sum of losses over batches, and its gradients."""
+def backward_over(model, batches, num_items):
+    """The sum of losses over batches, whose gradients are left at the weights."""
     model.zero_grad()
     total = 0.0
     for batch in batches:
         loss = model(**batch, num_items_in_batch=num_items).loss
         loss.backward()
         total += loss.item()
+    return total
+
+
+def gradients(model, batches, num_items):
+    """The sum of losses over batches, and its gradients."""
+    total = backward_over(model, batches, num_items)
     return total, {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
 
 
