@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import has_hooks, may_take, transforms_are_active
+from .fast_paths import is_watched, may_take, transforms_are_active
 from .large_products import apply_linear, large_linear, weight_gradient
 from .vocabulary_loss import linear_cross_entropy
 
@@ -39,7 +39,7 @@ def _may_defer(projection: nn.Module, hidden_states: torch.Tensor) -> bool:
         return False
     if not may_take("chunked_loss"):
         return False
-    if type(projection) is not nn.Linear or "forward" in vars(projection) or has_hooks(projection):
+    if type(projection) is not nn.Linear or is_watched(projection):
         return False
     if transforms_are_active():
         return False

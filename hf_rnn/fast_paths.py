@@ -14,6 +14,7 @@ from torch import nn
 
 FAST_PATHS = {
     "torch_kernel": "torch's kernels (oneDNN, cuDNN or ATen) over whole sequences, for the cells that they know",
+    "stacked_layers": "on a GPU several layers in one call of cuDNN, where nothing happens between them",
     "segments": "those kernels over padded batches on a CPU in pieces of time, for the rows that are not at their end",
     "gru_function": "a GRU over a whole sequence on a CPU as one autograd function on packed weights",
     "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
@@ -83,10 +84,10 @@ def loop_only(enabled: bool = True):
 # What keeps more than one fast path from serving.
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of a module, and would not see those that go around it."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody watches or replaces the calls of a module, and would not see those that go around it."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def transforms_are_active() -> bool:

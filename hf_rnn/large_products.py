@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import may_take, transforms_are_active
+from .fast_paths import is_watched, may_take, transforms_are_active
 from .packed_linear import can_pack, multiply, packed_linear
 
 
@@ -82,13 +82,7 @@ def apply_linear(module: nn.Module, inputs: torch.Tensor, step_linear=None) -> t
     that is given and there are few rows, as in the steps of a loop.
     """
     # A graph is not to depend on the number of rows.
-    is_plain = (
-        type(module) is nn.Linear
-        and not torch.compiler.is_compiling()
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-    )
-    if not is_plain:
+    if type(module) is not nn.Linear or torch.compiler.is_compiling() or is_watched(module):
         return module(inputs)
     linear = (large_linear if torch.is_grad_enabled() else packed_linear) if step_linear is None else step_linear
     if inputs.numel() > MANY_ROWS * module.in_features:

@@ -52,6 +52,7 @@ from .recurrent_model import (
     select_positions,
     vocabulary_projection,
 )
+from .recurrent_stack import run_layers
 from .word_encoder import WordEncoder, Words, find_words
 
 
@@ -273,15 +274,16 @@ class RNNModel(RNNPreTrainedModel):
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training, len(self.layers))
         needs_gates = bool(vars(self.config).get("output_gates", False) if output_gates is None else output_gates)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
-        for layer_idx, layer in enumerate(self.layers):
-            state = read_state(past_key_values, layer_idx, layer.state_sizes, batch_size)
-            recording = is_recording(target, layer_idx)
-            if recording and state is None:
-                state = layer.initial_state(hidden_states)
-            hidden_states, new_state, history = layer(
-                hidden_states, state, padding, target is not None, recording, needs_gates
-            )
-            write_state(target, layer_idx, new_state, seq_length, history, state)
+        states = [read_state(past_key_values, i, layer.state_sizes, batch_size) for i, layer in enumerate(self.layers)]
+        recording = is_recording(target, 0)
+        if recording and states[0] is None:
+            states = [layer.initial_state(hidden_states) for layer in self.layers]
+        hidden_states, new_states, histories = run_layers(
+            self.layers, hidden_states, states, padding, target is not None, recording, needs_gates
+        )
+        if target is not None:
+            for layer_idx, (state, history, initial) in enumerate(zip(new_states, histories, states)):
+                write_state(target, layer_idx, state, seq_length, history, initial)
         output_class = RNNModelOutput if needs_gates else BaseModelOutputWithPast
         return output_class(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
 

@@ -46,6 +46,7 @@ from .recurrent_model import (
     vocabulary_projection,
 )
 from .recurrent_segments import Segments, find_loop_segments, read_steps, show_steps
+from .recurrent_stack import run_layers
 from .seq2seq_losses import coverage_loss, guided_alignment_loss, mean_over_labels, uniform_loss
 
 
@@ -144,13 +145,10 @@ class RNNSeq2SeqEncoder(RNNSeq2SeqPreTrainedModel):
         inputs_embeds = embed_inputs(self.config, self.embed_tokens, self.known_ids(input_ids), inputs_embeds)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
-        final_states = []
-        for layer in self.layers:
-            hidden_states, state, _ = layer(hidden_states, None, padding)
-            final_states.extend(state)
+        hidden_states, final_states, _ = run_layers(self.layers, hidden_states, [None] * len(self.layers), padding)
         fields = {
             "last_hidden_state": self.output_dropout(hidden_states),
-            "pooler_output": torch.cat(final_states, dim=-1),
+            "pooler_output": torch.cat(sum(final_states, ()), dim=-1),
         }
         if self.config.pointer_generator:
             return CopyableEncoderOutput(**fields, source_ids=input_ids)
@@ -395,21 +393,23 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         recording: bool,
     ):
         """Layer by layer over all positions at once."""
-        new_states, histories, context = [], [], None
         of_attention = states[-1] if self.attention.state_names else ()
         target_mask = None if padding is None else padding.mask
-        for layer, state in zip(self.layers, states):
-            if context is not None:
-                hidden_states = torch.cat([hidden_states, context], dim=-1)
-            hidden_states, new_state, history = layer(hidden_states, state, padding, needs_state, recording)
+        # The layers up to the one that attends, which is the last of them but for "gnmt".
+        layers = list(self.layers)
+        attending = 1 if self.config.decoder_type == "gnmt" else len(layers)
+        hidden_states, new_states, histories = run_layers(
+            layers[:attending], hidden_states, states[:attending], padding, needs_state, recording
+        )
+        context, weights, attended = self.attention.walk(hidden_states, memory, of_attention, target_mask)
+        for layer, state in zip(layers[attending:], states[attending:]):
+            inputs = torch.cat([hidden_states, context], dim=-1)
+            hidden_states, new_state, history = layer(inputs, state, padding, needs_state, recording)
             new_states.append(new_state)
             histories.append(history)
-            if context is None and self.config.decoder_type == "gnmt":
-                context, weights, attended = self.attention.walk(hidden_states, memory, of_attention, target_mask)
         if self.config.decoder_type == "gnmt":
             outputs = self.output_dropout(hidden_states)
         else:
-            context, weights, attended = self.attention.walk(hidden_states, memory, of_attention, target_mask)
             outputs = self._attentional_vectors(context, hidden_states)
         if self.attention.state_names:
             new_states.append(attended[-1] if attended else of_attention)

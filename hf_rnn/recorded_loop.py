@@ -21,7 +21,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .fast_paths import has_hooks, may_take, transforms_are_active
+from .fast_paths import is_watched, may_take, transforms_are_active
 from .linear_calls import project_inputs
 from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State, masked_step
 from .step_linear import StepLinear
@@ -331,7 +331,7 @@ def _is_plain(cell: RecurrentCell) -> bool:
     """Whether the cell is what its class says: no adapter, no hook, nothing that a step could change."""
     if type(cell) not in RECURRENT_CELLS.values() or any(True for _ in cell.buffers()):
         return False
-    if "forward" in vars(cell) or any(map(has_hooks, cell.modules())):
+    if any(map(is_watched, cell.modules())):
         return False
     return _is_made_of_sizes(type(cell)) and all(
         type(weight) in (torch.nn.Parameter, torch.Tensor) for weight in cell.parameters()

@@ -6,7 +6,7 @@ last one is repeated. Whatever is faster gives the same. Imports the cells and t
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -96,28 +96,34 @@ def call_torch_kernel(
     state: State,
     weights: list[torch.Tensor] | None = None,
     batch_first: bool = True,
+    num_layers: int = 1,
 ) -> tuple[torch.Tensor, State]:
     """
     Torch's own kernel (oneDNN, cuDNN or ATen) over a whole sequence without padding.
 
     Args:
-        cells (`list[RecurrentCell]`): One cell, or one for each of two directions.
+        cells (`list[RecurrentCell]`): For each layer one cell, or one for each of two directions.
         inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): The inputs.
-        state: The initial states of the first cell, then those of the second.
+        state: The initial states of the first cell, then those of the second, and so on.
         weights (`list[torch.Tensor]`, *optional*): Stands for the parameters of the cells.
         batch_first (`bool`): Whether inputs and outputs have the batch before the time, or behind it.
+        num_layers (`int`): How many layers the cells make.
 
     Returns:
-        The outputs `(batch, seq, cells * hidden_size)` and the final states in the order of `state`.
+        The outputs `(batch, seq, directions * hidden_size)` of the last layer and the final states in the order of
+        `state`.
     """
     if weights is None:
         weights = [w for cell in cells for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
     by_time = inputs.transpose(0, 1) if batch_first else inputs
-    if cells[0].torch_kernel == "gru" and takes_gru_function(by_time, weights[1]):
+    if cells[0].torch_kernel == "gru" and num_layers == 1 and takes_gru_function(by_time, weights[1]):
         outputs, final = _call_gru_function(by_time, state, weights)
         return outputs.transpose(0, 1) if batch_first else outputs, final
     num_states = len(cells[0].state_names)
-    initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
+    if len(cells) == 1:
+        initial = tuple(states.unsqueeze(0).contiguous() for states in state)
+    else:
+        initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
     kernel = getattr(torch._VF, cells[0].torch_kernel)
     # cuDNN has no backward for a forward that ran as inference, whatever the mode of the model.
     keeps_graph = torch.is_grad_enabled()
@@ -126,13 +132,14 @@ def call_torch_kernel(
         initial if num_states > 1 else initial[0],
         _in_one_piece(inputs, weights),
         True,  # biases
-        1,  # layers
+        num_layers,
         0.0,  # dropout
         keeps_graph,
-        len(cells) > 1,
+        len(cells) > num_layers,
         batch_first,
     )
-    return outputs, tuple(final[index][direction] for direction in range(len(cells)) for index in range(num_states))
+    by_cell = zip(*(states.unbind(0) for states in final))
+    return outputs, tuple(states for of_cell in by_cell for states in of_cell)
 
 
 def _call_gru_function(inputs: torch.Tensor, state: State, weights: list[torch.Tensor]) -> tuple[torch.Tensor, State]:
@@ -173,19 +180,47 @@ def run_torch_kernel(
     segments = find_segments(padding, inputs.shape[-1], cell.weight_hh.shape[0])
     if segments is not None:
         return _run_segments(cell, inputs, state, segments, reverse, weights)
+
+    def run(inputs):
+        if holds:
+            inputs = torch.cat([inputs, (~padding.valid).to(inputs.dtype).unsqueeze(-1)], dim=-1)
+        return call_torch_kernel([cell], inputs, state, weights)
+
+    outputs, last, final = over_tokens(run, inputs, state[0], padding, reverse)
+    return outputs, (last, *final[1:])
+
+
+def over_tokens(
+    run: Callable[[torch.Tensor], tuple[torch.Tensor, State]],
+    inputs: torch.Tensor,
+    initial: torch.Tensor,
+    padding: Padding,
+    reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, State]:
+    """
+    What knows nothing of padding over a padded batch.
+
+    Args:
+        run: Gets `inputs` with the tokens at the left in order of reading, and returns outputs `(batch, seq, size)`
+            and final states.
+        inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): The inputs.
+        initial (`torch.Tensor` of shape `(batch, size)`): What stands where nothing was read yet.
+        padding (`Padding`): Where the tokens lie.
+        reverse (`bool`): Whether to read from right to left.
+
+    Returns:
+        The outputs at the positions of their tokens, and the last one repeated at padding; the last output of each
+        row; and the final states as `run` returned them, which is behind the padding.
+    """
     index = padding.direction(reverse)
     if index.gather is not None:
         inputs = gather_positions(inputs, index.gather)
-    if holds:
-        inputs = torch.cat([inputs, (~padding.valid).to(inputs.dtype).unsqueeze(-1)], dim=-1)
-    outputs, final = call_torch_kernel([cell], inputs, state, weights)
-    last = padding.at_last(outputs, state[0])
+    outputs, final = run(inputs)
+    last = padding.at_last(outputs, initial)
     if index.scatter is None:
-        outputs = torch.where(padding.valid.unsqueeze(-1), outputs, last.unsqueeze(1))
-    else:
-        outputs = gather_positions(outputs, index.scatter)
-        outputs = torch.where(index.started, outputs, state[0].to(outputs.dtype).unsqueeze(1))
-    return outputs, (last, *final[1:])
+        return torch.where(padding.valid.unsqueeze(-1), outputs, last.unsqueeze(1)), last, final
+    outputs = gather_positions(outputs, index.scatter)
+    return torch.where(index.started, outputs, initial.to(outputs.dtype).unsqueeze(1)), last, final
 
 
 def _run_segments(
@@ -268,10 +303,11 @@ def run_sequence(
         The outputs `(batch, seq, cells * hidden_size)`, the final states in the order of `state`, and the states
         `(seq, batch, hidden_size)` after each position or None.
     """
-    if inputs.shape[1] == 0:
+    num_steps = inputs.shape[1]
+    if num_steps == 0:
         history = tuple(states.new_empty(0, *states.shape) for states in state) if needs_history else None
         return inputs.new_empty(*inputs.shape[:2], len(cells) * cells[0].hidden_size), state, history
-    if inputs.shape[1] == 1 and len(cells) == 1 and padding is None and not (kept or needs_history):
+    if num_steps == 1 and len(cells) == 1 and padding is None and not (kept or needs_history):
         # Nothing to choose from, and in generation the time to choose counts.
         (cell,) = cells
         state = cell.step(project_inputs(cell, inputs[:, 0], packed_linear), state, packed_linear)
@@ -297,7 +333,7 @@ def run_sequence(
             if played is not None:
                 results.append(played)
                 continue
-        linear = loop_linear(inputs, inputs.shape[1], kept_here)
+        linear = loop_linear(inputs, num_steps, kept_here)
         outputs, final, history = run_loop(cell, inputs, states, padding, reverse, linear)
         results.append((outputs, final))
         histories.append(history)

@@ -134,33 +134,60 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, nee
 
     def add_rows(rows: slice) -> None:
         """What some rows add; whatever has the size of their logits is gone afterwards."""
-        features, row_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
-        ignored = None if is_label is None else ~is_label[rows].unsqueeze(-1)
+        features, row_labels = hidden_states[rows].to(dtype), labels[rows]
         logits = large_linear(features, narrow_weight, narrow_bias).to(wide)
-        highest = logits.amax(dim=-1, keepdim=True)
-        of_labels = logits.gather(-1, row_labels)
-        probabilities = logits.sub_(highest).exp_()
-        sums = probabilities.sum(dim=-1, keepdim=True)
-        losses = sums.log() + highest - of_labels
-        total.add_((losses if ignored is None else losses.masked_fill(ignored, 0)).sum())
-        if not any(needs_gradient):
+        if is_label is None:
+            loss, grad_logits = _loss_in_place(logits, row_labels, any(needs_gradient))
+        else:
+            loss, grad_logits = _loss_of_some(logits, row_labels, is_label[rows], any(needs_gradient))
+        del logits
+        total.add_(loss)
+        if grad_logits is None:
             return
-        of_label = torch.full_like(sums, -1)
-        if ignored is not None:
-            sums, of_label = sums.masked_fill(ignored, math.inf), of_label.masked_fill(ignored, 0)
-        grad_logits = probabilities.div_(sums)
-        grad_logits.scatter_add_(-1, row_labels, of_label)
         if grad_bias is not None:
-            grad_bias.add_(grad_logits.sum(dim=0))
+            counts = None if is_label is None else is_label[rows].to(wide)
+            grad_bias.add_(grad_logits.sum(dim=0) if counts is None else grad_logits.t() @ counts)
+        ignored = None if is_label is None else ~is_label[rows].unsqueeze(-1)
         grad_logits = grad_logits.to(dtype)
         if grad_hidden is not None:
-            grad_hidden[rows] = large_linear(grad_logits, narrow_weight.t())
+            of_rows = large_linear(grad_logits, narrow_weight.t())
+            grad_hidden[rows] = of_rows if ignored is None else of_rows.masked_fill_(ignored, 0)
         if grad_weight is not None:
-            _add_of_weight(grad_weight, grad_logits, features)
+            _add_of_weight(grad_weight, grad_logits, features if ignored is None else features.masked_fill(ignored, 0))
 
     for start in range(0, num_rows, max(1, step)):
         add_rows(slice(start, start + step))
     return total, (grad_hidden, grad_weight, grad_bias)
+
+
+def _loss_in_place(logits, labels, needs_gradient):
+    """
+    The sum of the losses of logits `[rows, vocab_size]`, and in their place its gradient with respect to them, if it is
+    needed.
+    """
+    labels = labels.unsqueeze(-1)
+    highest = logits.amax(dim=-1, keepdim=True)
+    of_labels = logits.gather(-1, labels)
+    probabilities = logits.sub_(highest).exp_()
+    sums = probabilities.sum(dim=-1, keepdim=True)
+    loss = (sums.log() + highest - of_labels).sum()
+    if not needs_gradient:
+        return loss, None
+    return loss, probabilities.div_(sums).scatter_add_(-1, labels, torch.full_like(sums, -1))
+
+
+def _loss_of_some(logits, labels, is_label, needs_gradient):
+    """
+    The same in as few passes over memory and calls as a GPU wants, though in the memory of two; of the rows with
+    `is_label`. What it returns as the gradient of the others is none.
+    """
+    labels = labels.unsqueeze(-1)
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    of_labels = log_probabilities.gather(-1, labels)
+    loss = -of_labels.masked_fill(~is_label.unsqueeze(-1), 0).sum()
+    if not needs_gradient:
+        return loss, None
+    return loss, log_probabilities.exp_().scatter_add_(-1, labels, torch.full_like(of_labels, -1))
 
 
 def _add_of_weight(total, grad_logits, features):

@@ -178,6 +178,29 @@ def test_gates_of_a_model():
     torch.testing.assert_close(torch.tensor(mean.get_lines()[0].get_ydata()), gates["input"].mean(1).detach())
 
 
+def make_font(path, family: str, characters: str) -> str:
+    """A font file with squares for some characters."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    for index, point in enumerate([(100, 0), (100, 700), (800, 700), (800, 0)]):
+        (pen.lineTo if index else pen.moveTo)(point)
+    pen.closePath()
+    square = pen.glyph()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(character): "square" for character in characters})
+    builder.setupGlyf({".notdef": square, "square": square})
+    builder.setupHorizontalMetrics({".notdef": (900, 100), "square": (900, 100)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    builder.setupPost()
+    builder.save(path)
+    return str(path)
+
+
 def test_fonts():
     """Families and files can be chosen; what no font has is warned of by name, and what is not there refused."""
     for font in ("DejaVu Serif", ["DejaVu Serif", "DejaVu Sans"], DEJAVU):
@@ -191,14 +214,34 @@ def test_fonts():
             plot_attention([[1.0]], ["a"], ["b"], font=font)
 
 
-def test_missing_glyphs_by_default(monkeypatch):
+def test_missing_glyphs_by_default(monkeypatch, tmp_path):
     """Installed fonts are looked through; where none has a character, a warning says what to do."""
     from matplotlib import font_manager
 
     fonts = [entry for entry in font_manager.fontManager.ttflist if entry.name.startswith("DejaVu")]
+    # Newer versions of matplotlib count a font in that has a box for everything.
+    boxes = make_font(tmp_path / "boxes.ttf", "Last Resort High-Efficiency", CARIAN)
+    fonts.append(font_manager.ttfFontProperty(font_manager.get_font(boxes)))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
     with pytest.warns(UserWarning, match="No installed font has 𐊠 𐊡 - boxes .* Install a font"):
         plot_gates({"input": torch.zeros(2, 3)}, list(CARIAN))
+
+
+@pytest.mark.parametrize("font", [None, "Zeta Carian"])
+def test_fonts_installed_since(font, monkeypatch, tmp_path):
+    """Matplotlib keeps a list of fonts; one that was installed after it was made is found none the less."""
+    from matplotlib import font_manager
+
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    paths = [str(tmp_path / "broken.ttf"), make_font(tmp_path / "carian.ttf", "Zeta Carian", CARIAN)]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
+    figure = draw(plot_states(CARIAN, [0.0, 1.0], font=font))
+    written = [text for axes in figure.axes for text in axes.texts if text.get_text() in CARIAN]
+    assert len(written) == len(CARIAN)
+    for text in written:
+        assert "Zeta Carian" in text.get_fontproperties().get_family()
 
 
 def test_refusals():
@@ -211,6 +254,7 @@ def test_refusals():
         (lambda: plot_attention(square, ["a", "b"], ["b", "c"], heads=["x", "y"]), "`heads` must be 1 names, got 2"),
         (lambda: plot_states("abc", square), r"\(\[units,\] 3 tokens\), got \(2, 2\)"),
         (lambda: plot_states("", []), "`states` must have the shape"),
+        (lambda: plot_states([0.5, 0.5], "ab"), "`states` must be a tensor or nested lists of numbers"),
         (lambda: plot_states("ab", square, names=["a"]), "`names` must be 2 names"),
         (lambda: plot_states("ab", square, columns=0), "`columns` must be at least 1, got 0"),
         (lambda: plot_states("ab", square, limit=0.0), "`limit` must be positive, got 0.0"),

@@ -20,6 +20,8 @@ Font = str | os.PathLike | Sequence[str] | None
 FONT_FILES = (".ttf", ".otf", ".ttc", ".otc")
 SPACE, EMPTY, LINE_SIGNS = "␣", "∅", {"\n": "↵", "\t": "⇥", "\r": "␍"}
 SIGNS = {SPACE, EMPTY, *LINE_SIGNS.values()}
+# A font that comes with matplotlib and has a box for every character that there is.
+LAST_RESORT = "Last Resort"
 # What a font has no glyph for and needs none.
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 
@@ -37,9 +39,12 @@ def numbers(values, name: str, dimensions: tuple[int, ...]) -> torch.Tensor:
     `values` as a tensor of float64 on the CPU.
 
     Raises:
-        `ValueError`: They have another number of dimensions, or are not finite.
+        `ValueError`: They are no numbers, have another number of dimensions, or are not finite.
     """
-    values = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    try:
+        values = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`{name}` must be a tensor or nested lists of numbers: {error}") from error
     if values.dim() not in dimensions:
         allowed = " or ".join(map(str, dimensions))
         raise ValueError(f"`{name}` must have {allowed} dimensions, got the shape {tuple(values.shape)}.")
@@ -66,31 +71,69 @@ def font_for(texts: Iterable[str], font: Font = None, first: str = "DejaVu Sans"
     """
     from matplotlib import font_manager
 
-    missing = {character for text in texts for character in text if unicodedata.category(character) not in _INVISIBLE}
+    characters = {char for text in texts for char in text if unicodedata.category(char) not in _INVISIBLE}
     if font is not None and str(font).lower().endswith(FONT_FILES):
         if not os.path.isfile(font):
             raise ValueError(f"`font` must be an installed family or a font file, got {os.fspath(font)!r}.")
-        _warn_of(missing - _characters_of(os.fspath(font)), f"{os.path.basename(font)} has")
+        _warn_of(characters - _characters_of(os.fspath(font)), f"{os.path.basename(font)} has")
         return font_manager.FontProperties(fname=os.fspath(font))
-    installed: dict[str, str] = {}
-    for entry in sorted(font_manager.fontManager.ttflist, key=_plainness):
-        installed.setdefault(entry.name, entry.fname)
     wanted = [] if font is None else [font] if isinstance(font, str) else list(font)
-    for family in wanted:
-        if family not in installed:
-            raise ValueError(f"`font` must be an installed family or a font file, got {family!r}.")
-        missing -= _characters_of(installed[family])
-    families = list(wanted)
-    if font is None:
-        for family, path in sorted(installed.items(), key=lambda item: (item[0] != first, item[0])):
-            if families and not missing:
-                break
-            covered = missing & _characters_of(path)
-            if covered or family == first:
-                families.append(family)
-                missing -= covered
+    families, missing = _choose(_installed_families(), wanted, characters, first)
+    # Matplotlib keeps a list of the fonts that were there when it ran for the first time.
+    if (missing or families is None) and _add_new_fonts():
+        families, missing = _choose(_installed_families(), wanted, characters, first)
+    if families is None:
+        unknown = next(family for family in wanted if family not in _installed_families())
+        raise ValueError(f"`font` must be an installed family or a font file, got {unknown!r}.")
     _warn_of(missing, f"{', '.join(wanted)} has" if wanted else "installed font has")
     return font_manager.FontProperties(family=families)
+
+
+def _choose(
+    installed: dict[str, str], wanted: list[str], characters: set[str], first: str
+) -> tuple[list[str] | None, set[str]]:
+    """
+    The families that are `wanted`, or those that have the characters, and the characters that none of them has. None
+    in place of families where one that is wanted is not installed.
+    """
+    if not all(family in installed for family in wanted):
+        return None, characters
+    if wanted:
+        return wanted, characters.difference(*(_characters_of(installed[family]) for family in wanted))
+    families, missing = [], characters
+    for family, path in sorted(installed.items(), key=lambda item: (item[0] != first, item[0])):
+        if families and not missing:
+            break
+        covered = missing & _characters_of(path)
+        if covered or family == first:
+            families.append(family)
+            missing = missing - covered
+    return families, missing
+
+
+def _installed_families() -> dict[str, str]:
+    """For each family that matplotlib knows of the file of its plainest font, but for the one that is all boxes."""
+    from matplotlib.font_manager import fontManager
+
+    installed: dict[str, str] = {}
+    for entry in sorted(fontManager.ttflist, key=_plainness):
+        if not entry.name.startswith(LAST_RESORT):
+            installed.setdefault(entry.name, entry.fname)
+    return installed
+
+
+def _add_new_fonts() -> bool:
+    """Makes matplotlib know of fonts that were installed since it made its list; whether there are any."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    known = {entry.fname for entry in fontManager.ttflist}
+    before = len(known)
+    for path in sorted(set(findSystemFonts()) - known):
+        try:
+            fontManager.addfont(path)
+        except (OSError, RuntimeError):  # one that matplotlib cannot read, which is why it is not in the list
+            continue
+    return len(fontManager.ttflist) > before
 
 
 def _plainness(entry) -> tuple:

@@ -78,7 +78,9 @@ class PlainLayer(nn.Module):
         self.recurrence = recurrence_of([layer])
         self.state_sizes = layer.state_sizes
 
-    def forward(self, hidden_states, state=None, padding=None, needs_state=True, needs_history=False):
+    def forward(
+        self, hidden_states, state=None, padding=None, needs_state=True, needs_history=False, needs_gates=False
+    ):
         """As that of the layer, without padding."""
         state = tuple(states.unsqueeze(0).contiguous() for states in state)
         outputs, state = self.recurrence(hidden_states, state)
