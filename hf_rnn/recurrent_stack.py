@@ -79,12 +79,20 @@ def _does_nothing_else(layer: RecurrentLayer) -> bool:
     return not (layer.training and (layer.input_dropout or layer.recurrent_dropout or layer.gradient_checkpointing))
 
 
-def _run_in_one_call(layers, inputs, states, padding, needs_state):
-    """[`run_layers`] by one call of torch's kernel."""
-    state = sum(
+def _join_states(layers, inputs, states) -> State:
+    """The states of all layers one behind the other, and where there are none those that they begin with."""
+    if not any(states) and type(layers[0].cell).initial_state is RecurrentCell.initial_state:
+        zeros = inputs.new_zeros(inputs.shape[0], layers[0].hidden_size)  # one for all of them, which are only read
+        return (zeros,) * sum(len(layer.state_sizes) for layer in layers)
+    return sum(
         (layer.initial_state(inputs) if of_layer is None else of_layer for layer, of_layer in zip(layers, states)), ()
     )
+
+
+def _run_in_one_call(layers, inputs, states, padding, needs_state):
+    """[`run_layers`] by one call of torch's kernel."""
     cells = [cell for layer in layers for cell in layer.cells]
+    state = _join_states(layers, inputs, states)
 
     def run(inputs):
         return call_torch_kernel(cells, inputs, state, num_layers=len(layers))

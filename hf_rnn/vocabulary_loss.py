@@ -61,14 +61,14 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
-    is_label = labels != ignore_index
+    ignored = labels == ignore_index
     if looks_at_labels(labels):
-        kept = is_label.nonzero().squeeze(-1)
+        kept = ignored.logical_not().nonzero().squeeze(-1)
         if len(kept) < len(labels):
             hidden_states, labels = hidden_states[kept], labels[kept]
-        is_label = None
+        ignored = None
     else:
-        labels = labels.where(is_label, 0)
+        labels = labels.masked_fill(ignored, 0)
     if labels.device.type == "cpu" and len(labels) > 0:
         lowest, highest = (label.item() for label in labels.aminmax())
         if lowest < 0 or highest >= len(weight):
@@ -78,7 +78,7 @@ def linear_cross_entropy(
         hidden_states, weight = hidden_states.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     return _LinearCrossEntropy.apply(
-        *(hidden_states, weight, bias, labels, is_label),
+        *(hidden_states, weight, bias, labels, ignored),
         *(hidden_states.dtype if dtype is None else dtype, reduction == "mean"),
     )
 
@@ -87,13 +87,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients of a sum of losses beside that sum; the backward scales them."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, labels, is_label, dtype, mean):
+    def forward(ctx, hidden_states, weight, bias, labels, ignored, dtype, mean):
         # Under autocast `dtype` says already what to multiply in.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            total, gradients = _sum_and_gradients(
-                hidden_states, weight, bias, labels, is_label, dtype, ctx.needs_input_grad[:3]
+            total, gradients, count = _sum_and_gradients(
+                hidden_states, weight, bias, labels, ignored, dtype, ctx.needs_input_grad[:3]
             )
-        count = total.new_tensor(len(labels)) if is_label is None else is_label.sum()
         ctx.save_for_backward(*gradients, count)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)]
         ctx.mean = mean
@@ -110,92 +109,97 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Without any label the gradients are zeros, as they are for the stock loss, though the mean is nan, and so is
         # the quotient of a sum and a number of labels that is zero.
         *gradients, count = ctx.saved_tensors
-        scale = torch.where(count > 0, grad_loss / count if ctx.mean else grad_loss, 1)
+        scale = (grad_loss / count if ctx.mean else grad_loss).masked_fill(count == 0, 1)
         gradients = [
             None if gradient is None else (gradient * scale).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
         return *gradients, None, None, None, None
 
 
-def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, needs_gradient):
+def _sum_and_gradients(hidden_states, weight, bias, labels, ignored, dtype, needs_gradient):
     """
-    The sum of the losses, and its gradients with respect to hidden states, weight and bias where they are needed; of
-    the rows where `is_label` is True, or of all.
+    The sum of the losses of the rows that are not `ignored` (None for all of them), the gradients of the sum with
+    respect to hidden states, weight and bias where they are needed, and the number of these rows.
     """
     num_rows = len(labels)
     wide = torch.promote_types(dtype, torch.float32)
-    step = chunk_length(num_rows, weight)
+    step = max(1, chunk_length(num_rows, weight))
     total = hidden_states.new_zeros((), dtype=wide)
+    counts = None if ignored is None else ignored.logical_not().to(wide)  # what each row adds to their number
     grad_hidden = torch.empty_like(hidden_states) if needs_gradient[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient[1] else None
-    grad_bias = torch.zeros_like(bias, dtype=wide) if needs_gradient[2] else None
+    make = torch.empty_like if num_rows > 0 else torch.zeros_like
+    grad_weight = make(weight, dtype=wide) if needs_gradient[1] else None
+    grad_bias = make(bias, dtype=wide) if needs_gradient[2] else None
     narrow_weight = weight.to(dtype)
     narrow_bias = None if bias is None else bias.to(dtype)
 
-    def add_rows(rows: slice) -> None:
+    def add_rows(start: int) -> None:
         """What some rows add; whatever has the size of their logits is gone afterwards."""
-        features, row_labels = hidden_states[rows].to(dtype), labels[rows]
+        rows = slice(start, start + step)
+        features, row_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
         logits = large_linear(features, narrow_weight, narrow_bias).to(wide)
-        if is_label is None:
-            loss, grad_logits = _loss_in_place(logits, row_labels, any(needs_gradient))
+        if ignored is None:
+            losses, grad_logits = _losses_in_place(logits, row_labels, any(needs_gradient))
         else:
-            loss, grad_logits = _loss_of_some(logits, row_labels, is_label[rows], any(needs_gradient))
+            losses, grad_logits = _losses_at_once(logits, row_labels, any(needs_gradient))
+            is_ignored = ignored[rows].unsqueeze(-1)
+            losses = losses.masked_fill_(is_ignored, 0)
         del logits
-        total.add_(loss)
+        total.add_(losses.sum())
         if grad_logits is None:
             return
         if grad_bias is not None:
-            counts = None if is_label is None else is_label[rows].to(wide)
-            grad_bias.add_(grad_logits.sum(dim=0) if counts is None else grad_logits.t() @ counts)
-        ignored = None if is_label is None else ~is_label[rows].unsqueeze(-1)
+            of_rows = grad_logits.sum(dim=0) if ignored is None else grad_logits.t() @ counts[rows]
+            _put(grad_bias, of_rows, start == 0)
         grad_logits = grad_logits.to(dtype)
         if grad_hidden is not None:
             of_rows = large_linear(grad_logits, narrow_weight.t())
-            grad_hidden[rows] = of_rows if ignored is None else of_rows.masked_fill_(ignored, 0)
+            grad_hidden[rows] = of_rows if ignored is None else of_rows.masked_fill_(is_ignored, 0)
         if grad_weight is not None:
-            _add_of_weight(grad_weight, grad_logits, features if ignored is None else features.masked_fill(ignored, 0))
+            features = features if ignored is None else features.masked_fill(is_ignored, 0)
+            _put_of_weight(grad_weight, grad_logits, features, start == 0)
 
-    for start in range(0, num_rows, max(1, step)):
-        add_rows(slice(start, start + step))
-    return total, (grad_hidden, grad_weight, grad_bias)
+    for start in range(0, num_rows, step):
+        add_rows(start)
+    count = total.new_tensor(num_rows) if ignored is None else counts.sum()
+    return total, (grad_hidden, grad_weight, grad_bias), count
 
 
-def _loss_in_place(logits, labels, needs_gradient):
+def _losses_in_place(logits, labels, needs_gradient):
     """
-    The sum of the losses of logits `[rows, vocab_size]`, and in their place its gradient with respect to them, if it is
-    needed.
+    The losses of logits `[rows, vocab_size]` for labels `[rows, 1]`, in the shape of these, and in place of the logits
+    the gradient of their sum with respect to them, if it is needed.
     """
-    labels = labels.unsqueeze(-1)
     highest = logits.amax(dim=-1, keepdim=True)
     of_labels = logits.gather(-1, labels)
     probabilities = logits.sub_(highest).exp_()
     sums = probabilities.sum(dim=-1, keepdim=True)
-    loss = (sums.log() + highest - of_labels).sum()
+    losses = sums.log() + highest - of_labels
     if not needs_gradient:
-        return loss, None
-    return loss, probabilities.div_(sums).scatter_add_(-1, labels, torch.full_like(sums, -1))
+        return losses, None
+    return losses, probabilities.div_(sums).scatter_add_(-1, labels, torch.full_like(sums, -1))
 
 
-def _loss_of_some(logits, labels, is_label, needs_gradient):
-    """
-    The same in as few passes over memory and calls as a GPU wants, though in the memory of two; of the rows with
-    `is_label`. What it returns as the gradient of the others is none.
-    """
-    labels = labels.unsqueeze(-1)
+def _losses_at_once(logits, labels, needs_gradient):
+    """The same in the few passes over memory that a GPU wants, though in the memory of two."""
     log_probabilities = torch.log_softmax(logits, dim=-1)
-    of_labels = log_probabilities.gather(-1, labels)
-    loss = -of_labels.masked_fill(~is_label.unsqueeze(-1), 0).sum()
+    losses = log_probabilities.gather(-1, labels).neg_()
     if not needs_gradient:
-        return loss, None
-    return loss, log_probabilities.exp_().scatter_add_(-1, labels, torch.full_like(of_labels, -1))
+        return losses, None
+    return losses, log_probabilities.exp_().scatter_add_(-1, labels, torch.full_like(losses, -1))
 
 
-def _add_of_weight(total, grad_logits, features):
-    """Adds the product of `grad_logits` `[rows, vocab_size]`, transposed, and `features` `[rows, size]`."""
+def _put(total, added, is_first: bool) -> None:
+    """Adds to what is there already, which is nothing at first."""
+    (total.copy_ if is_first else total.add_)(added)
+
+
+def _put_of_weight(total, grad_logits, features, is_first: bool) -> None:
+    """Likewise the product of `grad_logits` `[rows, vocab_size]`, transposed, and `features` `[rows, size]`."""
     if takes_onednn(grad_logits.t(), features.t()):
         for part, words in zip(total.split(WORDS_AT_ONCE), grad_logits.t().split(WORDS_AT_ONCE)):
-            part += large_linear(words, features.t())
+            _put(part, large_linear(words, features.t()), is_first)
     elif total.dtype == grad_logits.dtype:
-        total.addmm_(grad_logits.t(), features)
+        torch.addmm(total, grad_logits.t(), features, beta=0 if is_first else 1, out=total)
     else:
-        total += grad_logits.t() @ features
+        _put(total, grad_logits.t() @ features, is_first)

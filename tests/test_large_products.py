@@ -190,3 +190,9 @@ def test_modules_with_something_around_them_are_called(taken):
     adapted.load_state_dict(module.state_dict())
     torch.testing.assert_close(apply_linear(adapted, inputs), plain + 2)
     assert len(taken) == 1
+
+    seen, watched = [], nn.Linear(4, 5, dtype=torch.float64)
+    watched.register_full_backward_hook(lambda *arguments: seen.append(arguments))
+    apply_linear(watched, inputs.requires_grad_()).sum().backward()
+    assert len(seen) == 1
+    assert len(taken) == 1

@@ -5,6 +5,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from hf_rnn import (
+    RECURRENT_CELLS,
     RNNConfig,
     RNNModel,
     RNNSeq2SeqConfig,
@@ -194,6 +195,21 @@ def test_cells_that_are_not_all_alike(calls):
     model.layers[1].cell.init_weights(model.config)
     actual = results_of(model)
     assert not calls
+    with loop_only():
+        assert_same(actual, results_of(model))
+
+
+def test_states_that_a_cell_begins_with(calls, monkeypatch):
+    """A cell with the equations of another may begin with something else than zeros."""
+
+    class Eager(RECURRENT_CELLS["gru"]):
+        def initial_state(self, inputs):
+            return (torch.full_like(super().initial_state(inputs)[0], 0.5),)
+
+    monkeypatch.setitem(RECURRENT_CELLS, "eager", Eager)
+    model = make_model(cell_type="eager")
+    actual = results_of(model)
+    assert calls == [LAYERS]
     with loop_only():
         assert_same(actual, results_of(model))
 
