@@ -125,7 +125,6 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, ignored, dtype, need
     wide = torch.promote_types(dtype, torch.float32)
     step = max(1, chunk_length(num_rows, weight))
     total = hidden_states.new_zeros((), dtype=wide)
-    counts = None if ignored is None else ignored.logical_not().to(wide)  # what each row adds to their number
     grad_hidden = torch.empty_like(hidden_states) if needs_gradient[0] else None
     make = torch.empty_like if num_rows > 0 else torch.zeros_like
     grad_weight = make(weight, dtype=wide) if needs_gradient[1] else None
@@ -138,55 +137,43 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, ignored, dtype, need
         rows = slice(start, start + step)
         features, row_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
         logits = large_linear(features, narrow_weight, narrow_bias).to(wide)
-        if ignored is None:
-            losses, grad_logits = _losses_in_place(logits, row_labels, any(needs_gradient))
-        else:
-            losses, grad_logits = _losses_at_once(logits, row_labels, any(needs_gradient))
-            is_ignored = ignored[rows].unsqueeze(-1)
-            losses = losses.masked_fill_(is_ignored, 0)
-        del logits
-        total.add_(losses.sum())
+        is_ignored = None if ignored is None else ignored[rows].unsqueeze(-1)
+        loss, grad_logits = _loss_in_place(logits, row_labels, is_ignored, any(needs_gradient))
+        total.add_(loss)
         if grad_logits is None:
             return
         if grad_bias is not None:
-            of_rows = grad_logits.sum(dim=0) if ignored is None else grad_logits.t() @ counts[rows]
-            _put(grad_bias, of_rows, start == 0)
+            _put(grad_bias, grad_logits.sum(dim=0), start == 0)
         grad_logits = grad_logits.to(dtype)
         if grad_hidden is not None:
-            of_rows = large_linear(grad_logits, narrow_weight.t())
-            grad_hidden[rows] = of_rows if ignored is None else of_rows.masked_fill_(is_ignored, 0)
+            grad_hidden[rows] = large_linear(grad_logits, narrow_weight.t())
         if grad_weight is not None:
-            features = features if ignored is None else features.masked_fill(is_ignored, 0)
             _put_of_weight(grad_weight, grad_logits, features, start == 0)
 
     for start in range(0, num_rows, step):
         add_rows(start)
-    count = total.new_tensor(num_rows) if ignored is None else counts.sum()
+    count = total.new_tensor(num_rows) if ignored is None else ignored.logical_not().sum()
     return total, (grad_hidden, grad_weight, grad_bias), count
 
 
-def _losses_in_place(logits, labels, needs_gradient):
+def _loss_in_place(logits, labels, ignored, needs_gradient):
     """
-    The losses of logits `[rows, vocab_size]` for labels `[rows, 1]`, in the shape of these, and in place of the logits
-    the gradient of their sum with respect to them, if it is needed.
+    The sum of the losses of logits `[rows, vocab_size]` for labels `[rows, 1]`, of the rows that are not `ignored`
+    `[rows, 1]`, and in place of the logits the gradient of that sum with respect to them, if it is needed.
     """
     highest = logits.amax(dim=-1, keepdim=True)
     of_labels = logits.gather(-1, labels)
     probabilities = logits.sub_(highest).exp_()
     sums = probabilities.sum(dim=-1, keepdim=True)
     losses = sums.log() + highest - of_labels
+    of_label = torch.full_like(sums, -1)
+    if ignored is not None:
+        for part, nothing in ((losses, 0), (sums, math.inf), (of_label, 0)):
+            part.masked_fill_(ignored, nothing)
+    loss = losses.sum()
     if not needs_gradient:
-        return losses, None
-    return losses, probabilities.div_(sums).scatter_add_(-1, labels, torch.full_like(sums, -1))
-
-
-def _losses_at_once(logits, labels, needs_gradient):
-    """The same in the few passes over memory that a GPU wants, though in the memory of two."""
-    log_probabilities = torch.log_softmax(logits, dim=-1)
-    losses = log_probabilities.gather(-1, labels).neg_()
-    if not needs_gradient:
-        return losses, None
-    return losses, log_probabilities.exp_().scatter_add_(-1, labels, torch.full_like(losses, -1))
+        return loss, None
+    return loss, probabilities.div_(sums).scatter_add_(-1, labels, of_label)
 
 
 def _put(total, added, is_first: bool) -> None:
