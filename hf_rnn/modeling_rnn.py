@@ -281,9 +281,8 @@ class RNNModel(RNNPreTrainedModel):
         hidden_states, new_states, histories = run_layers(
             self.layers, hidden_states, states, padding, target is not None, recording, needs_gates
         )
-        if target is not None:
-            for layer_idx, (state, history, initial) in enumerate(zip(new_states, histories, states)):
-                write_state(target, layer_idx, state, seq_length, history, initial)
+        for layer_idx, (state, history, initial) in enumerate(zip(new_states, histories, states)):
+            write_state(target, layer_idx, state, seq_length, history, initial)
         output_class = RNNModelOutput if needs_gates else BaseModelOutputWithPast
         return output_class(last_hidden_state=self.output_dropout(hidden_states), **cache_output(target))
 

@@ -120,10 +120,7 @@ def call_torch_kernel(
         outputs, final = _call_gru_function(by_time, state, weights)
         return outputs.transpose(0, 1) if batch_first else outputs, final
     num_states = len(cells[0].state_names)
-    if len(cells) == 1:
-        initial = tuple(states.unsqueeze(0).contiguous() for states in state)
-    else:
-        initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
+    initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
     kernel = getattr(torch._VF, cells[0].torch_kernel)
     # cuDNN has no backward for a forward that ran as inference, whatever the mode of the model.
     keeps_graph = torch.is_grad_enabled()
@@ -138,8 +135,7 @@ def call_torch_kernel(
         len(cells) > num_layers,
         batch_first,
     )
-    by_cell = zip(*(states.unbind(0) for states in final))
-    return outputs, tuple(states for of_cell in by_cell for states in of_cell)
+    return outputs, tuple(final[index][number] for number in range(len(cells)) for index in range(num_states))
 
 
 def _call_gru_function(inputs: torch.Tensor, state: State, weights: list[torch.Tensor]) -> tuple[torch.Tensor, State]:
@@ -314,7 +310,7 @@ def run_sequence(
         return state[0].unsqueeze(1), state, None
     if isinstance(padding, PackedPadding):
         return *_run_packed(cells, inputs, state, padding, kept, needs_state), None
-    if _takes_torch_kernel(cells[0], inputs, kept, needs_history):
+    if takes_torch_kernel(cells[0], inputs, kept, needs_history):
         if padding is None:
             outputs, final = call_torch_kernel(cells, inputs, state)
         else:
@@ -364,7 +360,8 @@ def _run_packed(
     return padding.join(outputs), padding.of_last_texts(final)
 
 
-def _takes_torch_kernel(cell: RecurrentCell, inputs, kept, needs_history: bool) -> bool:
+def takes_torch_kernel(cell: RecurrentCell, inputs: torch.Tensor, kept: Sequence, needs_history: bool) -> bool:
+    """Whether torch has a kernel for a cell over a sequence; arguments as in [`run_sequence`]."""
     # A compiler can look neither into the kernel nor, for that matter, into a context variable.
     if cell.torch_kernel is None or kept or torch.compiler.is_compiling() or not may_take("torch_kernel"):
         return False

@@ -130,12 +130,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
                 run = run_sequence_opaquely
         if needs_gates:
             run = run_with_gates
-        elif (
-            self.gradient_checkpointing
-            and run is run_sequence
-            and not needs_history
-            and self._takes_pieces(inputs, padding)
-        ):
+        elif run is run_sequence and not needs_history and self._takes_pieces(inputs, padding):
             outputs, state = self._run_in_pieces(inputs, state, padding, kept)
             return self.recorded(self._add_residual(outputs, hidden_states)), state if needs_state else None, None
         outputs, state, history, *gates = self.within_cells(
@@ -148,7 +143,8 @@ class RecurrentLayer(GradientCheckpointingLayer):
     def _takes_pieces(self, inputs: torch.Tensor, padding: Padding | None) -> bool:
         """Whether a long text is read in pieces of time, so that its backward needs little memory."""
         return (
-            self.training
+            self.gradient_checkpointing
+            and self.training
             and torch.is_grad_enabled()
             and inputs.shape[1] >= 2 * CHECKPOINTED_STEPS
             and self.cell_reverse is None

@@ -7,7 +7,7 @@ import torch
 from .fast_paths import is_watched, may_take
 from .packed_sequences import PackedPadding
 from .recurrent_cells import RecurrentCell, State
-from .recurrent_kernels import call_torch_kernel, over_tokens
+from .recurrent_kernels import call_torch_kernel, over_tokens, takes_torch_kernel
 from .recurrent_layer import Padding, RecurrentLayer
 
 
@@ -51,25 +51,22 @@ def run_layers(
 
 
 def _takes_one_call(layers, inputs, padding, needs_state, needs_history, needs_gates) -> bool:
-    if len(layers) < 2 or inputs.shape[0] == 0 or inputs.shape[1] < 2:
+    if len(layers) < 2 or needs_history or needs_gates:
         return False
-    if needs_history or needs_gates or torch.compiler.is_compiling():
+    # A compiler cannot look into the context variable behind the fast paths.
+    if torch.compiler.is_compiling() or not may_take("stacked_layers"):
         return False
-    if not (may_take("torch_kernel") and may_take("stacked_layers")):
-        return False
-    # Each direction reads a padded batch in an order of its own, and no layer but the last would hold its state there.
+    # No layer but the last would hold its state at padding.
     if padding is not None and (needs_state or isinstance(padding, PackedPadding)):
         return False
-    kind = None
-    for layer in layers:
-        if type(layer) is not RecurrentLayer or not _does_nothing_else(layer):
-            return False
-        if padding is not None and layer.cell_reverse is not None:
-            return False
-        kind = type(layer.cell) if kind is None else kind
-        if any(type(cell) is not kind or is_watched(cell) for cell in layer.cells):
-            return False
-    return issubclass(kind, RecurrentCell) and kind.torch_kernel is not None
+    if not all(type(layer) is RecurrentLayer and _does_nothing_else(layer) for layer in layers):
+        return False
+    if padding is not None and layers[0].cell_reverse is not None:  # each direction reads it in an order of its own
+        return False
+    first, *others = cells = [cell for layer in layers for cell in layer.cells]
+    if not isinstance(first, RecurrentCell) or any(type(cell) is not type(first) for cell in others):
+        return False
+    return takes_torch_kernel(first, inputs, (), needs_history) and not any(map(is_watched, cells))
 
 
 def _does_nothing_else(layer: RecurrentLayer) -> bool:
@@ -79,20 +76,12 @@ def _does_nothing_else(layer: RecurrentLayer) -> bool:
     return not (layer.training and (layer.input_dropout or layer.recurrent_dropout or layer.gradient_checkpointing))
 
 
-def _join_states(layers, inputs, states) -> State:
-    """The states of all layers one behind the other, and where there are none those that they begin with."""
-    if not any(states) and type(layers[0].cell).initial_state is RecurrentCell.initial_state:
-        zeros = inputs.new_zeros(inputs.shape[0], layers[0].hidden_size)  # one for all of them, which are only read
-        return (zeros,) * sum(len(layer.state_sizes) for layer in layers)
-    return sum(
-        (layer.initial_state(inputs) if of_layer is None else of_layer for layer, of_layer in zip(layers, states)), ()
-    )
-
-
 def _run_in_one_call(layers, inputs, states, padding, needs_state):
     """[`run_layers`] by one call of torch's kernel."""
     cells = [cell for layer in layers for cell in layer.cells]
-    state = _join_states(layers, inputs, states)
+    state = sum(
+        (layer.initial_state(inputs) if of_layer is None else of_layer for layer, of_layer in zip(layers, states)), ()
+    )
 
     def run(inputs):
         return call_torch_kernel(cells, inputs, state, num_layers=len(layers))

@@ -16,6 +16,7 @@ from hf_rnn import (
 )
 from hf_rnn.recurrent_kernels import call_torch_kernel
 from matrix import PAD, make_mask, make_tokens
+from test_recorded_loop import assert_same
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,11 +74,6 @@ def results_of(model: RNNModel, mask=None, state: bool = False, use_cache: bool 
 def parts_of(cache) -> list[torch.Tensor]:
     layers = () if cache is None else cache.layers
     return [part for layer in layers for part in (layer.keys, layer.values) if part.numel() > 0]
-
-
-def assert_same(actual: dict, expected: dict, tolerance: float = 1e-9):
-    assert actual.keys() == expected.keys()
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("bidirectional", "state"), [(False, False), (False, True), (True, False)])
@@ -249,3 +245,14 @@ def test_encoder_and_decoder(calls):
         with loop_only():
             assert_same(actual, gradients(mask), 1e-6)  # the loss is computed in float32
         assert not calls
+
+
+def test_in_a_graph(calls):
+    """A compiler sees the layers one by one, and meets nothing on the way that it cannot look into."""
+    model, tokens = make_model(), make_tokens(2, 5).to(DEVICE) % 9
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        actual = compiled(input_ids=tokens, use_cache=False).last_hidden_state
+        assert not calls
+        torch.testing.assert_close(actual, model(input_ids=tokens, use_cache=False).last_hidden_state)

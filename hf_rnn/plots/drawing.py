@@ -78,26 +78,24 @@ def font_for(texts: Iterable[str], font: Font = None, first: str = "DejaVu Sans"
         _warn_of(characters - _characters_of(os.fspath(font)), f"{os.path.basename(font)} has")
         return font_manager.FontProperties(fname=os.fspath(font))
     wanted = [] if font is None else [font] if isinstance(font, str) else list(font)
-    families, missing = _choose(_installed_families(), wanted, characters, first)
+    installed = _installed_families()
     # Matplotlib keeps a list of the fonts that were there when it ran for the first time.
-    if (missing or families is None) and _add_new_fonts():
+    if not installed.keys() >= set(wanted) and _add_new_fonts():
+        installed = _installed_families()
+    for family in wanted:
+        if family not in installed:
+            raise ValueError(f"`font` must be an installed family or a font file, got {family!r}.")
+    families, missing = _choose(installed, wanted, characters, first)
+    if missing and _add_new_fonts():
         families, missing = _choose(_installed_families(), wanted, characters, first)
-    if families is None:
-        unknown = next(family for family in wanted if family not in _installed_families())
-        raise ValueError(f"`font` must be an installed family or a font file, got {unknown!r}.")
     _warn_of(missing, f"{', '.join(wanted)} has" if wanted else "installed font has")
     return font_manager.FontProperties(family=families)
 
 
 def _choose(
     installed: dict[str, str], wanted: list[str], characters: set[str], first: str
-) -> tuple[list[str] | None, set[str]]:
-    """
-    The families that are `wanted`, or those that have the characters, and the characters that none of them has. None
-    in place of families where one that is wanted is not installed.
-    """
-    if not all(family in installed for family in wanted):
-        return None, characters
+) -> tuple[list[str], set[str]]:
+    """The families that are `wanted`, or those that have the characters, and the characters that none of them has."""
     if wanted:
         return wanted, characters.difference(*(_characters_of(installed[family]) for family in wanted))
     families, missing = [], characters
@@ -126,9 +124,8 @@ def _add_new_fonts() -> bool:
     """Makes matplotlib know of fonts that were installed since it made its list; whether there are any."""
     from matplotlib.font_manager import findSystemFonts, fontManager
 
-    known = {entry.fname for entry in fontManager.ttflist}
-    before = len(known)
-    for path in sorted(set(findSystemFonts()) - known):
+    before = len(fontManager.ttflist)
+    for path in sorted(set(findSystemFonts()) - {entry.fname for entry in fontManager.ttflist}):
         try:
             fontManager.addfont(path)
         except (OSError, RuntimeError):  # one that matplotlib cannot read, which is why it is not in the list
