@@ -77,6 +77,7 @@ class Teachers:
         self.models = [load_pretrained(AutoModelForSeq2SeqLM, name).to(self.device).eval() for name in args.teachers]
         self.width = min(args.teacher_top_k, *(model.config.vocab_size for model in self.models))
 
+    @torch.no_grad()
     def read_pairs(self, dataset: Dataset) -> Dataset:
         """The pairs with the columns `target_ids` and `target_probabilities`, as [`SoftTargetCollator`] reads them."""
         rows: list[Any] = [None] * len(dataset)
@@ -93,20 +94,21 @@ class Teachers:
         ids, probabilities = zip(*rows, strict=True)
         return dataset.add_column("target_ids", list(ids)).add_column("target_probabilities", list(probabilities))
 
+    @torch.no_grad()
     def write_targets(self, source_ids: list[list[int]], limit: int) -> Dataset:
         """
         Greedy targets for sources, in the columns of [`read_pairs`]; those that have no end after `limit` tokens are
         left out.
         """
         rows: list[Any] = [None] * len(source_ids)
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        eos = self.tokenizer.eos_token_id
         for batch, inputs in self._batches(source_ids, "teachers write"):
             encoded, caches = self._encode(inputs), [None] * len(self.models)
             tokens = torch.full((len(batch), 1), self.models[0].config.decoder_start_token_id, device=self.device)
             going, written = torch.ones_like(tokens, dtype=torch.bool), []
             for _ in range(limit):
                 expected = self._expect(encoded, inputs, caches, tokens)
-                tokens = expected.argmax(-1).masked_fill(~going, pad)
+                tokens = expected.argmax(-1)
                 written.append((tokens, *self._soften(expected, tokens, 1.0)))
                 going &= tokens != eos
                 if not going.any():
@@ -131,12 +133,15 @@ class Teachers:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 inputs = self.tokenizer.pad({"input_ids": [source_ids[index] for index in batch]}, return_tensors="pt")
-                with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    yield batch, inputs.to(self.device)
+                yield batch, inputs.to(self.device)
                 bar.update(len(batch))
 
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
     def _encode(self, inputs: dict[str, torch.Tensor]) -> list[BaseModelOutput]:
-        return [model.get_encoder()(**inputs) for model in self.models]
+        with self._precision():
+            return [model.get_encoder()(**inputs) for model in self.models]
 
     def _expect(
         self,
@@ -148,13 +153,14 @@ class Teachers:
         """Mean of the probabilities after each token `[batch, target, vocabulary]`; `caches` go on by these tokens."""
         total = 0
         for place, (model, states) in enumerate(zip(self.models, encoded, strict=True)):
-            outputs = model(
-                encoder_outputs=states,
-                attention_mask=inputs["attention_mask"],
-                decoder_input_ids=decoder_input_ids,
-                cache=caches[place],
-                use_cache=True,
-            )
+            with self._precision():
+                outputs = model(
+                    encoder_outputs=states,
+                    attention_mask=inputs["attention_mask"],
+                    decoder_input_ids=decoder_input_ids,
+                    cache=caches[place],
+                    use_cache=True,
+                )
             caches[place] = outputs.cache
             total = total + outputs.logits.float().softmax(-1)
         return total / len(self.models)
