@@ -6,10 +6,11 @@ the mean of their probabilities,
     p(token) = mean over teachers of p_teacher(token | source, target so far),
 
 and the new model is trained on it, by cross-entropy, instead of on the target's token alone (Hinton et al. 2015,
-"Distilling the Knowledge in a Neural Network"): on `teacher_weight` p + (1 - `teacher_weight`) target, which takes the
-place of label smoothing. Sources without targets (`--unlabelled_file`) get the target that the teachers write together,
-greedily (Kim and Rush 2016, "Sequence-Level Knowledge Distillation"), and there p alone counts (Sun et al. 2019,
-"Token-Level Ensemble Distillation for Grapheme-to-Phoneme Conversion").
+"Distilling the Knowledge in a Neural Network"): on `teacher_weight` p + (1 - `teacher_weight`) target. The target is
+smoothed by `label_smoothing_factor`; of p the likeliest tokens are kept one by one, the rest is spread evenly over all.
+Sources without targets (`--unlabelled_file`) get the target that the teachers write together, greedily (Kim and Rush
+2016, "Sequence-Level Knowledge Distillation"), and there p alone counts (Sun et al. 2019, "Token-Level Ensemble
+Distillation for Grapheme-to-Phoneme Conversion").
 """
 
 import os
@@ -62,7 +63,8 @@ class Teachers:
     Args:
         args (`DistillationArguments`): Their names, and how much of what they say is kept.
         tokenizer: That of the model to be trained; theirs has to have the same tokens.
-        training_args: Device, batch size (`per_device_eval_batch_size`) and precision (`bf16`).
+        training_args:
+            Device, batch size (`per_device_eval_batch_size`), precision (`bf16`) and `label_smoothing_factor`.
 
     Raises:
         `UsageError`: For a model that cannot be loaded, or has other tokens.
@@ -71,6 +73,7 @@ class Teachers:
     def __init__(self, args: DistillationArguments, tokenizer: PreTrainedTokenizerBase, training_args: Any):
         self.args, self.tokenizer, self.device = args, tokenizer, training_args.device
         self.batch_size, self.bf16 = training_args.per_device_eval_batch_size, training_args.bf16
+        self.smoothing = training_args.label_smoothing_factor
         for name in args.teachers:
             if load_pretrained(AutoTokenizer, name).get_vocab() != tokenizer.get_vocab():
                 raise UsageError(f"--teachers: {name} has other tokens than the model to be trained")
@@ -167,20 +170,19 @@ class Teachers:
 
     def _soften(self, expected: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[np.ndarray, np.ndarray]:
         """
-        Tokens and their probabilities, both `[batch, target, 1 + top_k]`: first the label with `1 - weight`, then the
-        likeliest with `weight` in all.
+        Tokens and their probabilities, both `[batch, target, 1 + top_k]`: first the label, smoothed, with `1 - weight`,
+        then the likeliest with `weight`. What is missing to 1 is meant for all tokens alike.
         """
         likeliest, ids = expected.topk(self.width)
-        likeliest = weight * likeliest / likeliest.sum(-1, keepdim=True)
         ids = torch.cat([labels[..., None], ids], dim=-1).int()
-        probabilities = torch.cat([torch.full_like(likeliest[..., :1], 1 - weight), likeliest], dim=-1)
-        return ids.cpu().numpy(), probabilities.cpu().numpy()
+        of_label = torch.full_like(likeliest[..., :1], (1 - weight) * (1 - self.smoothing))
+        return ids.cpu().numpy(), torch.cat([of_label, weight * likeliest], dim=-1).cpu().numpy()
 
 
 class SoftTargetCollator:
     """
     Pads a batch as `collator` does, and adds `target_ids` and `target_probabilities`, `[batch, target, candidates]`,
-    where the features have them. Probabilities of padding are zero.
+    where the features have them.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]):
@@ -200,9 +202,22 @@ class SoftTargetCollator:
         return batch
 
 
-def soft_cross_entropy(logits: torch.Tensor, ids: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Sum of `-probability log softmax(logits)[id]`; logits `[batch, target, vocabulary]`, the rest as collated."""
-    return -(log_softmax(logits.float(), dim=-1).gather(-1, ids) * probabilities).sum()
+def soft_cross_entropy(
+    logits: torch.Tensor, ids: torch.Tensor, probabilities: torch.Tensor, is_target: torch.Tensor
+) -> torch.Tensor:
+    """
+    The sum of `-probability log softmax(logits)[id]` over all candidates of all targets, and over all tokens for what
+    the probabilities lack.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, target, vocabulary)`): Of the model.
+        ids, probabilities (`torch.Tensor` of shape `(batch, target, candidates)`): As collated.
+        is_target (`torch.Tensor` of shape `(batch, target)`): False at padding.
+    """
+    logarithms = log_softmax(logits.float(), dim=-1)
+    of_candidates = (logarithms.gather(-1, ids) * probabilities).sum(-1)
+    of_others = (1 - probabilities.sum(-1)) * logarithms.mean(-1)
+    return -(of_candidates + of_others).masked_fill(~is_target, 0.0).sum()
 
 
 class DistillationTrainer(Seq2SeqTrainer):
@@ -212,10 +227,12 @@ class DistillationTrainer(Seq2SeqTrainer):
         if "target_ids" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         soft = {name: inputs.pop(name) for name in ("target_ids", "target_probabilities")}
-        labels = inputs.pop("labels")  # the collator has made decoder_input_ids of them
+        is_target = inputs.pop("labels") != -100  # the collator has made decoder_input_ids of them
         outputs = model(**inputs)
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = soft_cross_entropy(outputs["logits"], soft["target_ids"], soft["target_probabilities"]) / count
+        count = is_target.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (
+            soft_cross_entropy(outputs["logits"], soft["target_ids"], soft["target_probabilities"], is_target) / count
+        )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients of all processes are averaged
         return (loss, outputs) if return_outputs else loss
