@@ -1,6 +1,6 @@
 """Learning from teachers (`--teachers` of `transduce.py` and `translate.py`): one model instead of several.
 
-The teachers are models that were trained before, with the same tokenizer. What they expect at each place of a target is
+The teachers are models that were trained before, with the same tokenizer, recurrent or not. What they expect at each place of a target is
 the mean of their probabilities,
 
     p(token) = mean over teachers of p_teacher(token | source, target so far),
@@ -16,7 +16,7 @@ Distillation for Grapheme-to-Phoneme Conversion").
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch.nn.functional import log_softmax
 from tqdm.auto import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase, Seq2SeqTrainer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from text_pairs import read_lines
 from training_helpers import UsageError, load_pretrained, say
+
+
+# What transformers calls the state of a decoder; the first since 5.24.
+CACHE = "cache" if "cache" in {field.name for field in fields(Seq2SeqLMOutput)} else "past_key_values"
 
 
 @dataclass
@@ -58,7 +62,7 @@ class DistillationArguments:
 
 class Teachers:
     """
-    Several encoder-decoders that are asked together.
+    Several encoder-decoders that are asked together, recurrent or not.
 
     Args:
         args (`DistillationArguments`): Their names, and how much of what they say is kept.
@@ -78,7 +82,10 @@ class Teachers:
             if load_pretrained(AutoTokenizer, name).get_vocab() != tokenizer.get_vocab():
                 raise UsageError(f"--teachers: {name} has other tokens than the model to be trained")
         self.models = [load_pretrained(AutoModelForSeq2SeqLM, name).to(self.device).eval() for name in args.teachers]
-        self.width = min(args.teacher_top_k, *(model.config.vocab_size for model in self.models))
+        sizes = {model.config.vocab_size for model in self.models}
+        if len(sizes) > 1:
+            raise UsageError(f"--teachers must have vocabularies of one size, got {sorted(sizes)}")
+        self.width = min(args.teacher_top_k, *sizes)
 
     @torch.no_grad()
     def read_pairs(self, dataset: Dataset) -> Dataset:
@@ -89,8 +96,7 @@ class Teachers:
             targets = self.tokenizer.pad({"input_ids": [labels[index] for index in batch]}, return_tensors="pt")
             targets = targets["input_ids"].to(self.device)
             encoded, caches = self._encode(inputs), [None] * len(self.models)
-            start = torch.full_like(targets[:, :1], self.models[0].config.decoder_start_token_id)
-            expected = self._expect(encoded, inputs, caches, torch.cat([start, targets[:, :-1]], dim=1))
+            expected = self._expect(encoded, inputs, caches, targets[:, :-1])
             ids, probabilities = self._soften(expected, targets, self.args.teacher_weight)
             for index, *soft in zip(batch, ids, probabilities, strict=True):
                 rows[index] = [part[: len(labels[index])].ravel() for part in soft]
@@ -107,8 +113,8 @@ class Teachers:
         eos = self.tokenizer.eos_token_id
         for batch, inputs in self._batches(source_ids, "teachers write"):
             encoded, caches = self._encode(inputs), [None] * len(self.models)
-            tokens = torch.full((len(batch), 1), self.models[0].config.decoder_start_token_id, device=self.device)
-            going, written = torch.ones_like(tokens, dtype=torch.bool), []
+            tokens = torch.zeros(len(batch), 0, dtype=torch.long, device=self.device)
+            going, written = torch.ones(len(batch), 1, dtype=torch.bool, device=self.device), []
             for _ in range(limit):
                 expected = self._expect(encoded, inputs, caches, tokens)
                 tokens = expected.argmax(-1)
@@ -151,20 +157,24 @@ class Teachers:
         encoded: list[BaseModelOutput],
         inputs: dict[str, torch.Tensor],
         caches: list[Any],
-        decoder_input_ids: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean of the probabilities after each token `[batch, target, vocabulary]`; `caches` go on by these tokens."""
+        """
+        Mean of the probabilities after each token `[batch, target, vocabulary]`, at the beginning after what a decoder
+        starts with, too. `caches` go on by these tokens.
+        """
         total = 0
         for place, (model, states) in enumerate(zip(self.models, encoded, strict=True)):
+            start = tokens.new_full((len(tokens), 1), model.config.decoder_start_token_id)
             with self._precision():
                 outputs = model(
                     encoder_outputs=states,
                     attention_mask=inputs["attention_mask"],
-                    decoder_input_ids=decoder_input_ids,
-                    cache=caches[place],
+                    decoder_input_ids=torch.cat([start, tokens], dim=1) if caches[place] is None else tokens,
                     use_cache=True,
+                    **{CACHE: caches[place]},
                 )
-            caches[place] = outputs.cache
+            caches[place] = outputs[CACHE]
             total = total + outputs.logits.float().softmax(-1)
         return total / len(self.models)
 

@@ -11,7 +11,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("rapidfuzz")
 
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, T5Config, T5ForConditionalGeneration
 
 import pair_training
 from distillation import (
@@ -146,7 +146,34 @@ def test_what_is_expected_while_writing_and_reading_is_the_same(names, tokenizer
         np.testing.assert_allclose(probabilities, again[1], rtol=1e-4, atol=1e-6)
 
 
-def test_teachers_need_the_same_tokens(names):
+def test_a_transformer_may_be_a_teacher(names, tokenizer, tmp_path):
+    """One that starts its targets with another token, too."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    config.update({"decoder_start_token_id": 3, "pad_token_id": tokenizer.pad_token_id})
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    both = [names[0], str(tmp_path)]
+    encoded = pair_training.encode_pairs(PAIRS, tokenizer)
+    teachers = teachers_of(both, tokenizer, teacher_weight=1.0, teacher_top_k=1000)
+    for row, ids, probabilities in soft_rows(teachers.read_pairs(encoded)):
+        expected = mean_probabilities(both, row["input_ids"], row["labels"])
+        np.testing.assert_allclose(spread(ids, probabilities, len(tokenizer)), expected, atol=1e-6)
+    written = teachers.write_targets(encoded["input_ids"], limit=30)
+    assert len(written) > 0
+    read = teachers.read_pairs(written.select_columns(["input_ids", "labels", "length"]))
+    for (_, ids, probabilities), (_, *again) in zip(soft_rows(written), soft_rows(read), strict=True):
+        np.testing.assert_allclose(
+            spread(ids, probabilities, len(tokenizer)), spread(*again, len(tokenizer)), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_teachers_need_the_same_tokens(names, tokenizer, tmp_path):
+    config = RNNSeq2SeqConfig(vocab_size=len(tokenizer) + 2, hidden_size=4)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="one size"):
+        teachers_of([names[0], str(tmp_path)], tokenizer)
     other = train_symbol_tokenizer(["abcd"], ["x y"], "characters", "words")
     with pytest.raises(UsageError, match="other tokens"):
         teachers_of(names, other)
