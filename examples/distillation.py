@@ -1,7 +1,7 @@
 """Learning from teachers (`--teachers` of `transduce.py` and `translate.py`): one model instead of several.
 
-The teachers are models that were trained before, with the same tokenizer, recurrent or not. What they expect at each place of a target is
-the mean of their probabilities,
+The teachers are models that were trained before, with the same tokenizer, recurrent or not. What they expect at each
+place of a target is the mean of their probabilities,
 
     p(token) = mean over teachers of p_teacher(token | source, target so far),
 
