@@ -21,11 +21,11 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     set_seed,
 )
 
-from distillation import DistillationArguments, DistillationTrainer, SoftTargetCollator, with_soft_targets
 from hf_rnn import RNNSeq2SeqConfig
 from text_pairs import DataError, pairs_from_hub, read_pairs
 from training_helpers import (
@@ -332,7 +332,6 @@ def run_pairs(
     train_tokenizer: Callable[[], PreTrainedTokenizerBase],
     score_texts: Callable[[list[str], list[str], list[str]], dict[str, float]],
     report: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]],
-    distillation_args: DistillationArguments,
     bpe_dropout: float = 0.0,
 ) -> int | None:
     """
@@ -344,7 +343,6 @@ def run_pairs(
         train_tokenizer: Makes a tokenizer, where none is given; a `ValueError` of it is shown as one line.
         score_texts: Scores by name of generated texts, given with the texts of their labels and their sources.
         report: Uses model and tokenizer, and returns scores to be saved.
-        distillation_args: Teachers to learn from, if any.
         bpe_dropout: Probability to leave out a merge of the tokenizer while training.
 
     Returns:
@@ -390,18 +388,12 @@ def run_pairs(
         dropout_tokenizer.backend_tokenizer.model.dropout = bpe_dropout
     stop = StopOnSignal()
     limits = (data_args.max_source_length, data_args.max_target_length)
-    train_dataset = encode_pairs(pairs["train"], tokenizer, limits, bpe_dropout > 0) if training else None
-    if training and distillation_args.teachers:
-        known = (source for split in pairs.values() for source, _ in split)
-        train_dataset = with_soft_targets(
-            train_dataset, known, distillation_args, tokenizer, training_args, limits, checkpoint is not None
-        )
-    trainer = DistillationTrainer(
+    trainer = Seq2SeqTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_dataset,
+        train_dataset=encode_pairs(pairs["train"], tokenizer, limits, bpe_dropout > 0) if training else None,
         eval_dataset=validation,
-        data_collator=SoftTargetCollator(PairCollator(tokenizer, model=model, dropout_tokenizer=dropout_tokenizer)),
+        data_collator=PairCollator(tokenizer, model=model, dropout_tokenizer=dropout_tokenizer),
         processing_class=tokenizer,
         compute_metrics=compute_metrics if training_args.predict_with_generate else None,
         callbacks=[stop, SeedSamplerByEpoch()],

@@ -22,7 +22,6 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distillation import DistillationArguments
 from pair_training import (
     GenerationArguments,
     ModelArguments,
@@ -176,9 +175,7 @@ def report(
 
 
 def main() -> int | None:
-    *arguments, distillation_args = parse_arguments(
-        (ModelArguments, DataArguments, GenerationArguments, TransductionTrainingArguments, DistillationArguments)
-    )
+    arguments = parse_arguments((ModelArguments, DataArguments, GenerationArguments, TransductionTrainingArguments))
     model_args, data_args, _, training_args = arguments
     if not training_args.do_train and model_args.model_name_or_path is None:
         raise UsageError("--do_train false needs a --model_name_or_path")
@@ -197,12 +194,7 @@ def main() -> int | None:
         return score(results, [targets["validation"][source] for source in sources], data_args)
 
     status = run_pairs(
-        arguments,
-        pairs,
-        train_tokenizer,
-        score_texts,
-        partial(report, targets["test"], data_args, training_args),
-        distillation_args,
+        arguments, pairs, train_tokenizer, score_texts, partial(report, targets["test"], data_args, training_args)
     )
     if status is None:
         say(f"Model, scores and results: {training_args.output_dir}")

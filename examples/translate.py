@@ -25,7 +25,6 @@ import sacrebleu
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distillation import DistillationArguments
 from hf_rnn import plot_attention
 from pair_training import (
     GenerationArguments,
@@ -135,12 +134,8 @@ def report(
 
 
 def main() -> int | None:
-    *arguments, distillation_args = parse_arguments(
-        (ModelArguments, DataArguments, GenerationArguments, PairTrainingArguments, DistillationArguments)
-    )
+    arguments = parse_arguments((ModelArguments, DataArguments, GenerationArguments, PairTrainingArguments))
     model_args, data_args, _, training_args = arguments
-    if distillation_args.teachers and data_args.bpe_dropout > 0:
-        raise UsageError("--teachers and --bpe_dropout exclude each other: teachers judge one way to cut up a text")
     if not training_args.do_train and model_args.model_name_or_path is None:
         raise UsageError("--do_train false needs a --model_name_or_path")
     pairs = load_pairs(data_args, training_args.do_train, training_args.seed, DEFAULT_FILES, DEFAULT_COLUMNS)
@@ -158,7 +153,6 @@ def main() -> int | None:
         train_tokenizer,
         score_texts,
         partial(report, pairs["test"], data_args, training_args),
-        distillation_args,
         data_args.bpe_dropout,
     )
     if status is None:

@@ -23,7 +23,6 @@ import classify  # noqa: E402
 import compare_attention  # noqa: E402
 import language_model  # noqa: E402
 import prepare_scan  # noqa: E402
-import prepare_words  # noqa: E402
 import read  # noqa: E402
 import tag  # noqa: E402
 import training_helpers  # noqa: E402
@@ -370,35 +369,6 @@ class TestPrepareScan:
         write(tmp_path / "tasks_train_simple.txt", "IN: run OUT: I_RUN\nrun\tI_RUN\n")
         assert self.prepare(tmp_path) == 2
         assert "tasks_train_simple.txt:2: expected a line of the form" in capsys.readouterr().err
-
-
-class TestPrepareWords:
-    def prepare(self, *arguments) -> int | None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["prepare_words.py", *map(str, arguments)])
-            return prepare_words.main()
-
-    def test_none_is_in_a_part_that_judges(self, tmp_path):
-        """Going by the shipped parts of the dictionary, which share the rule of the split."""
-        parts = {}
-        for part in ("train", "dev", "test"):
-            parts[part] = sorted(
-                {word for word, _ in read_pairs(EXAMPLES / "data" / f"cmudict.{part}.tsv.gz", "word", "phones")}
-            )
-        assert all(map(prepare_words.is_for_training, parts["train"]))
-        assert not any(map(prepare_words.is_for_training, parts["dev"] + parts["test"]))
-        capitals = "".join(f"{word.upper()} 0.5 1\n" for word in parts["train"][-100:] + parts["test"])
-        lists = [write(tmp_path / "capitals.txt", capitals)]
-        lists += [
-            write(tmp_path / "small.txt", "\n".join(["bull's", "zürich", "", *parts["train"][-3:], *parts["dev"]]))
-        ]
-        assert self.prepare(*lists, "--output_file", tmp_path / "words.txt") is None
-        expected = [word for word in parts["train"][-100:] if word.isalpha() and word.isascii()]
-        assert (tmp_path / "words.txt").read_text().split() == expected
-
-    def test_refusal(self, tmp_path, capsys):
-        assert self.prepare(tmp_path / "none.txt") == 2
-        assert "none.txt: no such file" in capsys.readouterr().err
 
 
 def run(module, *arguments, capsys):
