@@ -60,6 +60,9 @@ def large_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     """`F.linear` of inputs `(..., in)` and a weight `[out, in]`, with gradients of any order."""
     if not takes_onednn(inputs, weight):
         return F.linear(inputs, weight, bias)
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        # With gaps between its rows oneDNN takes a plain loop, a thousand times as slow.
+        weight = weight.contiguous()
     needs_graph = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (inputs, weight, bias)
     )

@@ -205,6 +205,53 @@ def training_step(settings: Settings, peer: str, input_feeding: bool = True) -> 
 
 
 @benchmark(
+    "attention-additive",
+    "translator without feeding, additive, forward and backward / without fast paths",
+    {"cpu": 0.55, "cuda": None},
+    attention_score="additive",
+)
+@benchmark(
+    "attention-location",
+    "translator without feeding, location, forward and backward / without fast paths",
+    {"cpu": 0.55, "cuda": None},
+    attention_score="location",
+)
+@benchmark(
+    "attention-local",
+    "translator without feeding, local, forward and backward / without fast paths",
+    {"cpu": 0.55, "cuda": None},
+    attention_score="local",
+)
+@benchmark(
+    "attention-coverage",
+    "translator without feeding, coverage, forward and backward / without fast paths",
+    {"cpu": 0.55, "cuda": None},
+    attention_score="additive",
+    use_coverage=True,
+)
+def attention_step(settings: Settings, **options) -> Measurement:
+    """Scores whose gradients take ways of their own, against the same model on the plain operations of torch."""
+    model = make_translator(settings, input_feeding=False, **options).train()
+    sources, lengths, labels = make_pairs(settings, model.config.vocab_size)
+    mask = (torch.arange(sources.shape[1]) < lengths[:, None]).long().to(settings.device)
+
+    def ours():
+        model.zero_grad()
+        loss = model(input_ids=sources, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        return loss
+
+    def baseline():
+        with without_fast_paths():
+            return ours()
+
+    check_equal("losses", ours(), baseline(), 1e-3)
+    num_items = int((labels != -100).sum())
+    shapes = step_shapes(model.config, int(lengths.sum()), num_items, labels.numel())
+    return measure(settings, baseline, ours, matrix_products(shapes, settings, backward=True), rounds=5)
+
+
+@benchmark(
     "beam-5",
     "beam 5 translation, batch 16 / layers of the decoder through nn.LSTM, T = 1",
     {"cpu": 0.50, "cuda": None},
