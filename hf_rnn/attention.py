@@ -4,6 +4,7 @@ A new score is a subclass of [`AttentionScore`] and one line in `ATTENTION_SCORE
 """
 
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,8 @@ class AttentionScore(nn.Module):
     needs_previous_weights = False
     # How the linear maps of a score are called; whoever knows a faster way sets it.
     apply_linear = staticmethod(call_module)
+    # Likewise what stands for `torch.tanh_`, which may use the memory of its argument.
+    tanh_ = staticmethod(torch.tanh_)
 
     def __init__(self, query_size: int, key_size: int, num_heads: int = 1):
         super().__init__()
@@ -229,48 +232,51 @@ class LocalScore(GeneralScore):
         return scores.masked_fill(distance.abs() > self.window, torch.finfo(wide).min)
 
 
-def additive_comparison(queries: torch.Tensor, keys: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+def additive_comparison(
+    queries: torch.Tensor, keys: torch.Tensor, vector: torch.Tensor, tanh_: Callable = torch.tanh_
+) -> torch.Tensor:
     """
     Args:
         queries (`torch.Tensor` of shape `(batch, heads, target, size)`): The queries q.
         keys (`torch.Tensor` of shape `(batch, heads, source, size)`): The keys k.
         vector (`torch.Tensor` of shape `(heads, size)`): The vector v of each head.
+        tanh_: What stands for `torch.tanh_`.
 
     Returns:
         v . tanh(q + k) of shape `(batch, heads, target, source)`. A graph of a compiler is left to fuse it for itself.
     """
     vector = vector.to(queries.dtype)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _compare(queries, keys, vector)
+        return _compare(queries, keys, vector, tanh_)
     per_query = keys.numel()
     needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (queries, keys, vector))
     most = TANH_AT_ONCE.get(keys.device.type, TANH_AT_ONCE_ELSEWHERE)
     if queries.shape[2] * per_query <= (MOST_TANH_KEPT if needs_gradient else most):
-        return _compare(queries, keys, vector)
+        return _compare(queries, keys, vector, tanh_)
     step = max(1, most // max(1, per_query))
-    return _AdditiveComparison.apply(queries, keys, vector, step)
+    return _AdditiveComparison.apply(queries, keys, vector, step, tanh_)
 
 
-def _tanh(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _tanh(queries: torch.Tensor, keys: torch.Tensor, tanh_: Callable) -> torch.Tensor:
     # In place: where large tensors overlap, the heap does not use their memory again.
-    return (queries.unsqueeze(3) + keys.unsqueeze(2)).tanh_()  # [batch, heads, target, source, size]
+    return tanh_(queries.unsqueeze(3) + keys.unsqueeze(2))  # [batch, heads, target, source, size]
 
 
-def _compare(queries: torch.Tensor, keys: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return (_tanh(queries, keys) @ vector[None, :, None, :, None]).squeeze(-1)
+def _compare(queries: torch.Tensor, keys: torch.Tensor, vector: torch.Tensor, tanh_: Callable) -> torch.Tensor:
+    return (_tanh(queries, keys, tanh_) @ vector[None, :, None, :, None]).squeeze(-1)
 
 
 class _AdditiveComparison(torch.autograd.Function):
     """A few queries at a time, whose tanh is computed anew in the backward."""
 
     @staticmethod
-    def forward(ctx, queries, keys, vector, step):
+    def forward(ctx, queries, keys, vector, step, tanh_):
         ctx.save_for_backward(queries, keys, vector)
-        ctx.step = step
+        ctx.step, ctx.tanh_ = step, tanh_
         # Written to where they belong: small tensors kept between large ones would keep these from being used again.
         scores = queries.new_empty(*queries.shape[:3], keys.shape[2])
         for part, part_scores in zip(queries.split(step, dim=2), scores.split(step, dim=2)):
-            part_scores.copy_(_compare(part, keys, vector))
+            part_scores.copy_(_compare(part, keys, vector, tanh_))
         return scores
 
     @staticmethod
@@ -279,14 +285,14 @@ class _AdditiveComparison(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Second derivatives are asked for, which need the graph of the first: all at once.
             needed = [tensor for tensor, is_needed in zip(tensors, ctx.needs_input_grad) if is_needed]
-            scores = _compare(queries, keys, vector)
+            scores = _compare(queries, keys, vector, ctx.tanh_)
             found = iter(torch.autograd.grad(scores, needed, gradient, create_graph=True))
-            return *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[:3]), None
+            return *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[:3]), None, None
         wide = torch.promote_types(keys.dtype, torch.float32)
         of_queries, of_keys, of_vector = torch.empty_like(queries), 0, 0
         parts = (tensor.split(ctx.step, dim=2) for tensor in (queries, gradient, of_queries))
         for part, part_gradient, of_part in zip(*parts):
-            tanh = _tanh(part, keys)
+            tanh = _tanh(part, keys, ctx.tanh_)
             part_gradient = part_gradient.to(tanh.dtype).unsqueeze(-1)
             weighed = (part_gradient.transpose(-1, -2) @ tanh).squeeze(-2)  # [batch, heads, target, size]
             of_vector = of_vector + weighed.sum((0, 2), dtype=wide)
@@ -296,7 +302,7 @@ class _AdditiveComparison(torch.autograd.Function):
         # The factor v is the same for all of a head.
         of_queries = of_queries * vector[None, :, None]
         of_keys = (of_keys * vector[None, :, None]).to(keys.dtype)
-        return of_queries, of_keys, of_vector.to(vector.dtype), None
+        return of_queries, of_keys, of_vector.to(vector.dtype), None, None
 
 
 class AdditiveScore(AttentionScore):
@@ -327,7 +333,7 @@ class AdditiveScore(AttentionScore):
         return self.vector.view(self.num_heads, -1)
 
     def compare(self, queries, keys):
-        return additive_comparison(queries, keys, self.weighing_vector())
+        return additive_comparison(queries, keys, self.weighing_vector(), self.tanh_)
 
 
 class NormalizedAdditiveScore(AdditiveScore):

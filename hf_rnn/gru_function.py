@@ -6,6 +6,7 @@ Torch's own GRU goes through autograd step by step there, and through the slower
 import torch
 
 from .fast_paths import may_take
+from .hyperbolic_tangent import tanh_
 from .large_products import large_linear, weight_gradient
 from .packed_linear import can_pack, multiply, pack
 
@@ -46,7 +47,7 @@ class _GRU(torch.autograd.Function):
             of_both, of_new = multiply(before, packed, bias_hh).split_with_sizes([2 * size, size], dim=-1)
             both.add_(of_both).sigmoid_()
             recurrent_new.copy_(of_new)
-            new.addcmul_(reset, recurrent_new).tanh_()
+            tanh_(new.addcmul_(reset, recurrent_new))
             torch.lerp(new, before, update, out=after)
         ctx.save_for_backward(inputs, befores, gates, recurrent_news, weight_ih, weight_hh)
         ctx.reverse = reverse

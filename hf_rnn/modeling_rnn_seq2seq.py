@@ -24,6 +24,7 @@ from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttent
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .deferred_logits import vocabulary_logits
 from .generation_masks import GenerationMasks
+from .hyperbolic_tangent import tanh, tanh_
 from .large_products import apply_linear
 from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
 from .recurrent_cache import (
@@ -204,7 +205,7 @@ class StateBridge(nn.Module):
         states = []
         for source, projections in zip(self.sources, self.projections):
             hidden, *others = (linear(final_states[:, source, index]) for index, linear in enumerate(projections))
-            states.append((torch.tanh(hidden), *others))
+            states.append((tanh(hidden), *others))
         return states
 
 
@@ -251,7 +252,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             self.layers = make_layers(config, config.decoder_layers, input_size)
         self.bridge = StateBridge(config, len(self.layers[0].state_sizes))
         score = ATTENTION_SCORES[config.attention_score].from_config(config, hidden_size, memory_size)
-        score.apply_linear = apply_linear
+        score.apply_linear, score.tanh_ = apply_linear, tanh_
         self.attention = Attention(score, config.use_coverage)
         self.cross_attentions = CrossAttentions()
         combined_size = {
@@ -381,7 +382,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
 
     def _attentional_vectors(self, context: torch.Tensor, *features: torch.Tensor, linear: Linear | None = None):
         combined = apply_linear(self.combine, torch.cat([context, *features], dim=-1), linear)
-        return self.output_dropout(torch.tanh(combined))
+        return self.output_dropout(tanh(combined))
 
     def _run_layers(
         self,

@@ -6,14 +6,13 @@ layout before. Torch has that as private operators: where they are missing, or n
 """
 
 import functools
-import time
 import weakref
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import may_take
+from .fast_paths import is_faster, may_take
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -32,14 +31,6 @@ def packing_pays(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16):
         return False
 
-    def seconds(function) -> float:
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return sorted(times)[2]
-
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             generator = torch.Generator().manual_seed(0)
@@ -49,7 +40,7 @@ def packing_pays(dtype: torch.dtype) -> bool:
             tolerance = 1e-3 if dtype == torch.float32 else 1.0
             if (expected - actual).abs().max() > tolerance:
                 return False
-            return seconds(lambda: multiply(inputs, packed)) < seconds(lambda: F.linear(inputs, weight))
+            return is_faster(lambda: multiply(inputs, packed), lambda: F.linear(inputs, weight))
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
 

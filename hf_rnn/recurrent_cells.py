@@ -46,6 +46,8 @@ class RecurrentCell(nn.Module):
     state_names: ClassVar[tuple[str, ...]] = ("hidden_state",)
     torch_kernel: ClassVar[str | None] = None
     hold_gates: ClassVar[tuple[float, ...] | None] = None
+    # What stands for `torch.tanh` in equations; whoever knows a faster way sets it.
+    _tanh = staticmethod(torch.tanh)
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
@@ -147,7 +149,7 @@ class RNNTanhCell(RecurrentCell):
 
     def gate_values(self, projected, state, linear=F.linear):
         (hidden,) = state
-        return (torch.tanh(projected + linear(hidden, self.weight_hh, self.bias_hh)),)
+        return (self._tanh(projected + linear(hidden, self.weight_hh, self.bias_hh)),)
 
     def next_state(self, gates, state):
         return gates
@@ -190,7 +192,7 @@ class GRUCell(RecurrentCell):
         recurrent = linear(hidden, self.weight_hh, self.bias_hh)
         hidden_gates, hidden_new = recurrent.split([2 * self.hidden_size, self.hidden_size], dim=-1)
         reset, update = torch.sigmoid(input_gates + hidden_gates).chunk(2, dim=-1)
-        return reset, update, torch.tanh(input_new + reset * hidden_new)
+        return reset, update, self._tanh(input_new + reset * hidden_new)
 
     def next_state(self, gates, state):
         _, update, new = gates
@@ -226,12 +228,12 @@ class LSTMCell(RecurrentCell):
     def gate_values(self, projected, state, linear=F.linear):
         gates = projected + linear(state[0], self.weight_hh, self.bias_hh)
         input_gate, forget_gate, new, output_gate = gates.chunk(4, dim=-1)
-        return torch.sigmoid(input_gate), torch.sigmoid(forget_gate), torch.tanh(new), torch.sigmoid(output_gate)
+        return torch.sigmoid(input_gate), torch.sigmoid(forget_gate), self._tanh(new), torch.sigmoid(output_gate)
 
     def next_state(self, gates, state):
         input_gate, forget_gate, new, output_gate = gates
         cell = forget_gate * state[1] + input_gate * new
-        return output_gate * torch.tanh(cell), cell
+        return output_gate * self._tanh(cell), cell
 
 
 def masked_step(

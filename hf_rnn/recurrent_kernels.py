@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .fast_paths import may_take, transforms_are_active
 from .gru_function import run_gru, takes_gru_function
+from .hyperbolic_tangent import tanh
 from .large_products import large_linear
 from .linear_calls import project_inputs
 from .packed_linear import packed_linear
@@ -26,6 +27,10 @@ from .step_linear import step_linear
 
 # Torch says so where it copies parameters for cuDNN, one by one; they are apart on purpose, under their own names.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk of memory")
+
+
+# Cells know of no fast path by themselves.
+RecurrentCell._tanh = staticmethod(tanh)
 
 
 class _InOnePiece(torch.autograd.Function):
