@@ -29,6 +29,12 @@ class AttentionMemory(NamedTuple):
     keys: torch.Tensor  # [batch, heads, source, key_size / heads]
     values: torch.Tensor  # [batch, heads, source, value_size / heads]
     mask: torch.Tensor | None  # [batch, 1, 1, source], True where there is a token
+    for_plain_queries: bool = False  # whether the keys are compared with queries as they are, see `AttentionScore`
+
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "AttentionMemory":
+        """The same with `change(part)` for each tensor."""
+        keys, values, mask = (None if part is None else change(part) for part in self[:3])
+        return self._replace(keys=keys, values=values, mask=mask)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,6 +76,11 @@ def call_module(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return module(inputs)
 
 
+def no_transposed(module: nn.Linear, inputs: torch.Tensor) -> None:
+    """Stands for `inputs @ module.weight` where nobody says that no more than a product happens in the module."""
+    return None
+
+
 class AttentionScore(nn.Module):
     r"""
     How well a query and a key fit. The base class is the dot product; subclasses change the projections of queries and
@@ -87,6 +98,7 @@ class AttentionScore(nn.Module):
     apply_linear = staticmethod(call_module)
     # Likewise what stands for `torch.tanh_`, which may use the memory of its argument.
     tanh_ = staticmethod(torch.tanh_)
+    apply_transposed = staticmethod(no_transposed)
 
     def __init__(self, query_size: int, key_size: int, num_heads: int = 1):
         super().__init__()
@@ -114,6 +126,13 @@ class AttentionScore(nn.Module):
     def project_keys(self, keys: torch.Tensor) -> torch.Tensor:
         """`[batch, source, key_size]` to the space of the comparison."""
         return keys
+
+    def keys_for_plain_queries(self, keys: torch.Tensor) -> torch.Tensor | None:
+        """
+        `[batch, source, query_size]` for comparisons with queries that [`~AttentionScore.project_queries`] has not
+        seen, where there is such a thing: a decoder that goes step by step then has less to do at each.
+        """
+        return None
 
     def weight_features(self, weights: torch.Tensor, memory: AttentionMemory) -> torch.Tensor:
         """
@@ -182,6 +201,11 @@ class GeneralScore(AttentionScore):
 
     def project_queries(self, queries):
         return self.apply_linear(self.query, queries)
+
+    def keys_for_plain_queries(self, keys):
+        # (W_q q) . k = q . (W_q^T k); a head would need keys as wide as all queries.
+        is_own = type(self).project_queries is GeneralScore.project_queries
+        return self.apply_transposed(self.query, keys) if is_own and self.num_heads == 1 else None
 
 
 class LocalScore(GeneralScore):
@@ -455,31 +479,38 @@ class CoverageFeatures(nn.Module):
 
 
 class _Keys(NamedTuple):
-    """Projected keys, and what they were made of."""
+    """Keys for the steps of a decoder, and what they were made of."""
 
     features: weakref.ref
     made_of: tuple
     keys: torch.Tensor
+    for_plain_queries: bool
 
 
 _known_keys: dict[int, _Keys] = {}
 
 
-def _keys_of(score: AttentionScore, features: torch.Tensor) -> torch.Tensor:
-    """`score.project_keys(features)`, kept for the next call with the same features and weights."""
+def _keys_for_steps(score: AttentionScore, features: torch.Tensor, may_be_plain: bool) -> tuple[torch.Tensor, bool]:
+    """
+    Keys of the features, kept for the next call with the same features and weights, and whether they are those for
+    plain queries, which they may be.
+    """
     tensors = (features, *score.parameters())
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
-        return score.project_keys(features)
+        return score.project_keys(features), False
     made_of = (id(score), *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
     place = id(features)
     known = _known_keys.get(place)
     if known is None or known.features() is not features or known.made_of != made_of:
-        keys = score.project_keys(features)
+        keys = score.keys_for_plain_queries(features) if may_be_plain else None
+        for_plain_queries = keys is not None
+        if keys is None:
+            keys = score.project_keys(features)
         if keys is features:
-            return keys
-        known = _Keys(weakref.ref(features, lambda _: _known_keys.pop(place, None)), made_of, keys)
-        _known_keys[place] = known
-    return known.keys
+            return keys, False
+        forget = weakref.ref(features, lambda _: _known_keys.pop(place, None))
+        known = _known_keys[place] = _Keys(forget, made_of, keys, for_plain_queries)
+    return known.keys, known.for_plain_queries
 
 
 class Attention(nn.Module):
@@ -564,8 +595,13 @@ class Attention(nn.Module):
                 f"{tuple(mask.shape)}."
             )
         heads = self.score.num_heads
-        keys = split_heads(_keys_of(self.score, features) if again else self.score.project_keys(features), heads)
-        return AttentionMemory(keys, split_heads(features, heads), None if mask is None else mask.bool()[:, None, None])
+        if again:
+            # What a state adds to the keys belongs to those of projected queries.
+            keys, for_plain_queries = _keys_for_steps(self.score, features, may_be_plain=not self.state_names)
+        else:
+            keys, for_plain_queries = self.score.project_keys(features), False
+        mask = None if mask is None else mask.bool()[:, None, None]
+        return AttentionMemory(split_heads(keys, heads), split_heads(features, heads), mask, for_plain_queries)
 
     def _scores_with_state(self, queries: torch.Tensor, memory: AttentionMemory, state: State) -> torch.Tensor:
         """The scores with what the state adds to the keys of the memory."""
@@ -601,14 +637,21 @@ class Attention(nn.Module):
         """
         Args:
             queries (`torch.Tensor` of shape `(batch, target, query_size)`): The queries.
-            memory (`AttentionMemory`): What [`~Attention.prepare`] returned.
+            memory (`AttentionMemory`): What [`~Attention.prepare`] returned, for as many rows or, where the attention
+                has no state, for fewer: then rows that follow each other share one.
             state (`tuple` of `torch.Tensor` of shape `(batch, heads, size)`): What all these queries take for the state
                 of the attention; that before the first position where not given.
 
         Returns:
             The context `(batch, target, key_size)` and the weights `(batch, heads, target, source)`.
         """
-        queries = split_heads(self.score.project_queries(queries), self.score.num_heads)
+        batch, target, _ = queries.shape
+        if not memory.for_plain_queries:
+            queries = self.score.project_queries(queries)
+        shared = memory.keys.shape[0] != batch
+        if shared:  # as positions of one row
+            queries = queries.reshape(memory.keys.shape[0], -1, queries.shape[-1])
+        queries = split_heads(queries, self.score.num_heads)
         scores = self._scores(queries, memory, state)  # [batch, heads, target, source]
         if memory.mask is not None:
             scores = scores.masked_fill(~memory.mask, torch.finfo(scores.dtype).min)
@@ -617,7 +660,11 @@ class Attention(nn.Module):
             # A row without a single token would spread its weight evenly over the padding.
             weights = weights * memory.mask
         weights = weights.to(memory.values.dtype)
-        return merge_heads(weights @ memory.values), weights
+        context = merge_heads(weights @ memory.values)
+        if shared:
+            context = context.view(batch, target, -1)
+            weights = weights.unflatten(2, (-1, target)).transpose(1, 2).flatten(0, 1)
+        return context, weights
 
     def walk(
         self,

@@ -91,3 +91,12 @@ def apply_linear(module: nn.Module, inputs: torch.Tensor, step_linear=None) -> t
     if inputs.numel() > MANY_ROWS * module.in_features:
         linear = large_linear
     return linear(inputs, module.weight, module.bias)
+
+
+def apply_transposed(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | None:
+    """`inputs @ module.weight`, or None where more than a product happens in the module, and in graphs."""
+    if torch.compiler.is_compiling() or not may_take("keys_for_plain_queries"):
+        return None
+    if type(module) is not nn.Linear or module.bias is not None or is_watched(module):
+        return None
+    return large_linear(inputs, module.weight.t())

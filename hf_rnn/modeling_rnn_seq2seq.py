@@ -23,9 +23,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions, merge_heads, split_heads
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .deferred_logits import vocabulary_logits
+from .fast_paths import may_take
 from .generation_masks import GenerationMasks
 from .hyperbolic_tangent import tanh, tanh_
-from .large_products import apply_linear
+from .large_products import apply_linear, apply_transposed
 from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
 from .recurrent_cache import (
     cache_of,
@@ -77,6 +78,19 @@ class CopyableEncoderOutput(BaseModelOutputWithPooling):
     """
 
     source_ids: torch.LongTensor | None = None
+
+
+@dataclass
+class SharedEncoderOutput(BaseModelOutputWithPooling):
+    """
+    What the encoder returned for sources to each of which several rows of the decoder attend.
+
+    Args:
+        rows_per_source (`int`, *optional*): How many rows, one behind the other; beside the fields of
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`].
+    """
+
+    rows_per_source: int | None = None
 
 
 def positions_before_last_label(labels: torch.Tensor) -> torch.Tensor:
@@ -252,7 +266,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             self.layers = make_layers(config, config.decoder_layers, input_size)
         self.bridge = StateBridge(config, len(self.layers[0].state_sizes))
         score = ATTENTION_SCORES[config.attention_score].from_config(config, hidden_size, memory_size)
-        score.apply_linear, score.tanh_ = apply_linear, tanh_
+        score.apply_linear, score.apply_transposed, score.tanh_ = apply_linear, apply_transposed, tanh_
         self.attention = Attention(score, config.use_coverage)
         self.cross_attentions = CrossAttentions()
         combined_size = {
@@ -282,6 +296,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        rows_per_source: int = 1,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
@@ -301,6 +316,9 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 Embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*):
                 Whether to return the state. By default as the configuration says, and not while training.
+            rows_per_source (`int`, *optional*, defaults to 1):
+                How many rows, one behind the other, attend to the same source, as beams do. What belongs to sources
+                then has a `batch` smaller by that factor. Not where the attention has a state.
 
         Returns:
             `BaseModelOutputWithPastAndCrossAttentions`: `last_hidden_state` `(batch, target, hidden_size)`, the
@@ -318,15 +336,20 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         if encoder_hidden_states is None:
             raise ValueError("`encoder_hidden_states` must be given: there is nothing else to attend to.")
         source_shape, memory_size = tuple(encoder_hidden_states.shape), self.config.encoder_output_size
-        if len(source_shape) != 3 or source_shape[0] != batch_size or source_shape[2] != memory_size:
+        if batch_size % rows_per_source or (rows_per_source > 1 and self.attention.state_names):
             raise ValueError(
-                f"`encoder_hidden_states` must have the shape ({batch_size}, source, {memory_size}), got "
+                f"`rows_per_source` must divide the {batch_size} rows, and be 1 where attention has a state."
+            )
+        num_sources = batch_size // rows_per_source
+        if len(source_shape) != 3 or source_shape[0] != num_sources or source_shape[2] != memory_size:
+            raise ValueError(
+                f"`encoder_hidden_states` must have the shape ({num_sources}, source, {memory_size}), got "
                 f"{source_shape}."
             )
         num_layers = len(self.layers) + self.config.attention_has_state
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training, num_layers)
         memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask, again=seq_length == 1)
-        states = self._initial_states(past_key_values, encoder_final_states, memory)
+        states = self._initial_states(past_key_values, encoder_final_states, memory, rows_per_source)
         recording = is_recording(target, 0)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
@@ -340,13 +363,18 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, **cache_output(target))
 
     def _initial_states(
-        self, past_key_values: Cache | None, final_states: torch.Tensor | None, memory: AttentionMemory
+        self,
+        past_key_values: Cache | None,
+        final_states: torch.Tensor | None,
+        memory: AttentionMemory,
+        rows_per_source: int = 1,
     ) -> list[State]:
         """
         The states of each layer, then that of the attention if it has one. Step by step, those of the first layer end
         with the last attentional vector.
         """
-        batch_size = memory.keys.shape[0]
+        num_sources = memory.keys.shape[0]
+        batch_size = num_sources * rows_per_source
         states = []
         for layer_idx, layer in enumerate(self.layers):
             sizes = list(layer.state_sizes)
@@ -363,11 +391,13 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 "`encoder_outputs` must hold the encoder's final states in `pooler_output`, its second entry: pass on "
                 "what the encoder of this model returned."
             )
-        if final_states.shape[0] != batch_size:
+        if final_states.shape[0] != num_sources:
             raise ValueError(
-                f"The encoder's final states must be those of {batch_size} rows, got {final_states.shape[0]}."
+                f"The encoder's final states must be those of {num_sources} rows, got {final_states.shape[0]}."
             )
         states = self.bridge(final_states)
+        if rows_per_source > 1:
+            states = [tuple(part.repeat_interleave(rows_per_source, dim=0) for part in state) for state in states]
         if self.runs_step_by_step:
             states[0] = (*states[0], torch.zeros_like(states[0][0]))
         if self.attention.state_names:
@@ -436,7 +466,9 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         num_steps = embeddings.shape[1]
         linear = loop_linear(embeddings, num_steps)
         linears = [layer.loop_linear(embeddings, num_steps) for layer in self.layers]
-        if not needs_state and not recording and not any(layer.recurrent_dropout for layer in self.layers):
+        shares_sources = memory.keys.shape[0] != embeddings.shape[0]
+        in_segments = not (needs_state or recording or shares_sources)
+        if in_segments and not any(layer.recurrent_dropout for layer in self.layers):
             segments = find_loop_segments(padding)
             if segments is not None:
                 return self._run_segments(embeddings, [*states, (vector,)], memory, segments, linears, linear)
@@ -514,11 +546,11 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         features = read_steps(embeddings, steps)
         initial = [state[0] for state in states]
         states = [tuple(part.index_select(0, segments.order) for part in state) for state in states]
-        memory = AttentionMemory(*(None if part is None else part.index_select(0, segments.order) for part in memory))
+        memory = memory.change_rows(lambda part: part.index_select(0, segments.order))
         contexts, weights, vectors, layer_outputs = [], [], [], []
         for start, stop, rows, first in segments.pieces:
             *states, (vector,) = [tuple(part[:rows] for part in state) for state in states]
-            memory = AttentionMemory(*(None if part is None else part[:rows] for part in memory))
+            memory = memory.change_rows(lambda part, rows=rows: part[:rows])
             for embedding in features[first : first + (stop - start) * rows].split(rows):
                 outputs, states, context, weight = self._step(embedding, states, vector, memory, None, linears, linear)
                 if feeds:
@@ -546,8 +578,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         outputs = embeddings.new_empty(embeddings.shape[0], 0, self.config.hidden_size)
         for layer in self.layers:
             layer.recorded(outputs)
-        batch_size, num_heads, source, _ = memory.keys.shape
-        weights = memory.values.new_empty(batch_size, num_heads, 0, source)
+        _, num_heads, source, _ = memory.keys.shape
+        weights = memory.values.new_empty(embeddings.shape[0], num_heads, 0, source)
         histories = [None] * len(states)
         if recording:
             histories = [_stack_steps([], state) for state in states]
@@ -657,6 +689,9 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
                 input_ids, self.config.decoder_start_token_id, self.config.pad_token_id
             )
         decoder_input_ids, decoder_inputs_embeds = self._embed(decoder_input_ids, decoder_inputs_embeds)
+        rows_per_source = getattr(encoder_outputs, "rows_per_source", None) or 1
+        if rows_per_source > 1 and attention_mask is not None:
+            attention_mask = attention_mask[::rows_per_source]
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -666,6 +701,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
             cache=given_cache(past_key_values, cache),
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            rows_per_source=rows_per_source,
             return_dict=True,
             **kwargs,
         )
@@ -819,6 +855,24 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         gates = select_positions(repeat_at_padding(gates, target_mask), logits_to_keep)
         weights = select_positions(repeat_at_padding(weights.mean(1), target_mask), logits_to_keep)
         return mixture_log_probabilities(logits, gates, weights, source_ids, num_ids)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """As in transformers, but beams or samples attend to one copy of their source, where all of it is shared."""
+        encoder_outputs = model_kwargs.get("encoder_outputs")
+        shares = (
+            expand_size > 1
+            and type(encoder_outputs) is BaseModelOutputWithPooling
+            and not self.config.attention_has_state
+            and may_take("shared_sources")
+        )
+        if shares:
+            model_kwargs["encoder_outputs"] = {}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if shares:
+            model_kwargs["encoder_outputs"] = SharedEncoderOutput(**encoder_outputs, rows_per_source=expand_size)
+        return input_ids, model_kwargs
 
     def compute_transition_scores(self, sequences, scores, *args, **kwargs):
         """As in transformers, which takes the number of scores for `vocab_size`."""

@@ -695,6 +695,7 @@ RUNNING = {
     "packed_sequences",
     "deferred_logits",
     "gru_function",
+    "hyperbolic_tangent",
     "large_products",
     "linear_calls",
     "packed_linear",

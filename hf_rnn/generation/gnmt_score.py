@@ -86,7 +86,9 @@ class GNMTScore(LogitsProcessor):
         self._weights = weights[:, :, -1].mean(1)
 
     def _see_mask(self, module, args, kwargs):
-        self._source_mask = kwargs.get("encoder_attention_mask")
+        mask = kwargs.get("encoder_attention_mask")
+        # Beams may share the mask of their source.
+        self._source_mask = None if mask is None else mask.repeat_interleave(kwargs.get("rows_per_source", 1), dim=0)
 
     def _normalizer(self, length: int) -> float:
         return ((5 + length) / 6) ** self.length_penalty
