@@ -83,7 +83,7 @@ def tanh(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def tanh_(inputs: torch.Tensor) -> torch.Tensor:
-    """The same, which may use the memory of its argument."""
+    """The same in place; in a new tensor where a graph is kept or the type is narrow."""
     if not _takes_sigmoid(inputs):
         return inputs.tanh_()
     return tanh(inputs) if _keeps_graph(inputs) or inputs.dtype.itemsize < 4 else _through_sigmoid_(inputs)

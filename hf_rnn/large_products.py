@@ -3,6 +3,8 @@
 Torch takes another library for them, which reaches about half of that on many CPUs.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -48,12 +50,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        inputs, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        with torch.autocast("cpu", enabled=False):
-            of_inputs = large_linear(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-            of_weight = weight_gradient(rows, inputs.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return of_inputs, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+        return linear_gradients(gradient, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
 def large_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -77,6 +74,23 @@ def weight_gradient(gradients: torch.Tensor, inputs: torch.Tensor) -> torch.Tens
     if gradients.shape[1] < 2 * inputs.shape[1]:
         return large_linear(gradients.t(), inputs.t())
     return large_linear(inputs.t(), gradients.t()).t()
+
+
+def linear_gradients(
+    gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, needed: Sequence[bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """
+    The gradients of inputs `(..., in)`, weight `[out, in]` and bias from the `gradient` `(..., out)` of their linear
+    map; None for those that are not `needed`.
+    """
+    of_inputs = of_weight = None
+    rows = gradient.flatten(0, -2)
+    with torch.autocast("cpu", enabled=False):
+        if needed[0]:
+            of_inputs = large_linear(gradient, weight.t())
+        if needed[1]:
+            of_weight = weight_gradient(rows, inputs.flatten(0, -2))
+    return of_inputs, of_weight, rows.sum(0) if needed[2] else None
 
 
 def apply_linear(module: nn.Module, inputs: torch.Tensor, step_linear=None) -> torch.Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional as F
 
 from .fast_paths import may_take, transforms_are_active
-from .gru_function import run_gru, takes_gru_function
 from .hyperbolic_tangent import tanh
 from .large_products import large_linear
 from .linear_calls import project_inputs
@@ -22,6 +21,7 @@ from .recorded_loop import play_loop, takes_recording
 from .recurrent_cells import Linear, RecurrentCell, State, masked_step
 from .recurrent_padding import Padding, gather_positions
 from .recurrent_segments import Segments, find_segments, read_steps, show_steps
+from .sequence_functions import run_function, takes_function
 from .step_linear import step_linear
 
 
@@ -121,12 +121,13 @@ def call_torch_kernel(
     if weights is None:
         weights = [w for cell in cells for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
     by_time = inputs.transpose(0, 1) if batch_first else inputs
-    if cells[0].torch_kernel == "gru" and num_layers == 1 and takes_gru_function(by_time, weights[1]):
-        outputs, final = _call_gru_function(by_time, state, weights)
+    name = cells[0].torch_kernel
+    if num_layers == 1 and takes_function(name, by_time, weights[1]):
+        outputs, final = _call_function(name, by_time, state, weights)
         return outputs.transpose(0, 1) if batch_first else outputs, final
     num_states = len(cells[0].state_names)
     initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
-    kernel = getattr(torch._VF, cells[0].torch_kernel)
+    kernel = getattr(torch._VF, name)
     # cuDNN has no backward for a forward that ran as inference, whatever the mode of the model.
     keeps_graph = torch.is_grad_enabled()
     outputs, *final = kernel(
@@ -143,12 +144,14 @@ def call_torch_kernel(
     return outputs, tuple(final[index][number] for number in range(len(cells)) for index in range(num_states))
 
 
-def _call_gru_function(inputs: torch.Tensor, state: State, weights: list[torch.Tensor]) -> tuple[torch.Tensor, State]:
-    """[`call_torch_kernel`] for GRUs on CPUs, with the time before the batch."""
+def _call_function(
+    name: str, inputs: torch.Tensor, state: State, weights: list[torch.Tensor]
+) -> tuple[torch.Tensor, State]:
+    """[`call_torch_kernel`] by one function of autograd, with the time before the batch."""
     outputs, final = [], []
     for direction, hidden in enumerate(state):
         reverse = direction == 1
-        hiddens = run_gru(inputs, hidden, *weights[4 * direction : 4 * direction + 4], reverse)
+        hiddens = run_function(name, inputs, hidden, *weights[4 * direction : 4 * direction + 4], reverse)
         outputs.append(hiddens)
         final.append(hiddens[0 if reverse else -1])
     return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0], tuple(final)

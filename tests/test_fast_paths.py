@@ -1,5 +1,6 @@
-"""Fast paths on CPUs: packed weights in single steps and loops, the GRU as one function; when copies are made anew."""
+"""Fast paths on CPUs: packed weights in single steps and loops, sequences as one function; when copies are made anew."""
 
+import functools
 import gc
 
 import pytest
@@ -13,10 +14,10 @@ from hf_rnn import (
     RECURRENT_CELLS,
     attention,
     fast_paths,
-    gru_function,
     large_products,
     loop_only,
     packed_linear,
+    sequence_functions,
     without_fast_paths,
 )
 from hf_rnn import step_linear as step_linear_module
@@ -42,7 +43,7 @@ def packed(monkeypatch):
         calls.append(tuple(weight.shape))
         return weight.detach().clone()
 
-    for module in (packed_linear, step_linear_module, gru_function):
+    for module in (packed_linear, step_linear_module, sequence_functions):
         for name, stand_in in {
             "pack": pack,
             "multiply": F.linear,
@@ -72,12 +73,12 @@ def test_names():
 
 
 def test_names_in_the_environment(monkeypatch):
-    monkeypatch.setenv("HF_RNN_WITHOUT", "gru_function, step_linear")
-    assert fast_paths._from_environment() == {"gru_function", "step_linear"}
+    monkeypatch.setenv("HF_RNN_WITHOUT", "sequence_functions, step_linear")
+    assert fast_paths._from_environment() == {"sequence_functions", "step_linear"}
     monkeypatch.setenv("HF_RNN_WITHOUT", "")
     assert fast_paths._from_environment() == frozenset()
     monkeypatch.setenv("HF_RNN_WITHOUT", "gru")
-    with pytest.raises(ValueError, match="gru_function"):
+    with pytest.raises(ValueError, match="sequence_functions"):
         fast_paths._from_environment()
     monkeypatch.setenv("HF_RNN_LOOP_ONLY", "1")
     assert fast_paths._from_environment() == set(FAST_PATHS)
@@ -312,15 +313,18 @@ def test_two_backwards_of_one_graph(packed):
         torch.testing.assert_close(*pair)
 
 
-# The GRU as one function.
+# GRUs and plain RNNs as one function.
+
+FUNCTIONS = pytest.mark.parametrize("kernel", ["gru", "rnn_tanh", "rnn_relu"])
 
 
+@FUNCTIONS
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_gru_function(packed, monkeypatch, bidirectional, batch):
+def test_sequence_functions(packed, monkeypatch, kernel, bidirectional, batch):
     """Outputs, final states and gradients are those of the loop over the cell."""
-    monkeypatch.setattr(gru_function, "takes_gru_function", lambda inputs, weight: True)
-    cells = [GRUCell(5, 6).double() for _ in range(1 + bidirectional)]
+    monkeypatch.setattr("hf_rnn.recurrent_kernels.takes_function", lambda kernel, inputs, weight: True)
+    cells = [RECURRENT_CELLS[kernel](5, 6).double() for _ in range(1 + bidirectional)]
     for cell in cells:
         for parameter in cell.parameters():
             nn.init.normal_(parameter)
@@ -332,7 +336,6 @@ def test_gru_function(packed, monkeypatch, bidirectional, batch):
         objective = sum((result * result.detach().cos()).sum() for result in (outputs, *final))
         return [outputs, *final, *torch.autograd.grad(objective, leaves)]
 
-    monkeypatch.setattr("hf_rnn.recurrent_kernels.takes_gru_function", lambda inputs, weight: True)
     actual = results(*call_torch_kernel(cells, inputs, state))
     assert packed
     loops = [run_loop(cell, inputs, state[index : index + 1], None, index == 1)[:2] for index, cell in enumerate(cells)]
@@ -341,26 +344,31 @@ def test_gru_function(packed, monkeypatch, bidirectional, batch):
         torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-11)
 
 
-def test_gru_function_with_frozen_parts(packed):
-    shapes = [(4, 2, 5), (2, 3), (9, 5), (9, 3), (9,), (9,)]
+@FUNCTIONS
+def test_sequence_functions_with_frozen_parts(packed, kernel):
+    gates = 3 * len(RECURRENT_CELLS[kernel].gate_names)
+    shapes = [(4, 2, 5), (2, 3), (gates, 5), (gates, 3), (gates,), (gates,)]
     for index in range(len(shapes)):
         arguments = [torch.randn(shape).double().requires_grad_(index == number) for number, shape in enumerate(shapes)]
         for reverse in (False, True):
-            assert torch.autograd.gradcheck(gru_function.run_gru, (*arguments, reverse))
+            run = functools.partial(sequence_functions.run_function, kernel)
+            assert torch.autograd.gradcheck(run, (*arguments, reverse))
 
 
-def test_which_grus_run_as_the_function(monkeypatch):
+def test_which_sequences_run_as_a_function(monkeypatch):
     """Wide ones in float32 where packing pays; nothing else."""
     monkeypatch.setattr(packed_linear, "packing_pays", lambda dtype: True)
-    inputs, weight = torch.zeros(5, 2, 8), torch.zeros(3 * 128, 128)
-    assert gru_function.takes_gru_function(inputs, weight)
-    assert not gru_function.takes_gru_function(inputs.double(), weight.double())
-    assert not gru_function.takes_gru_function(inputs, torch.zeros(3 * 64, 64))
-    assert not gru_function.takes_gru_function(inputs[:2], weight)
-    with without_fast_paths("gru_function"):
-        assert not gru_function.takes_gru_function(inputs, weight)
+    inputs, weight, takes = torch.zeros(5, 2, 8), torch.zeros(3 * 128, 128), sequence_functions.takes_function
+    assert takes("gru", inputs, weight)
+    assert takes("rnn_tanh", inputs, weight)
+    assert not takes("lstm", inputs, weight)
+    assert not takes("gru", inputs.double(), weight.double())
+    assert not takes("gru", inputs, torch.zeros(3 * 64, 64))
+    assert not takes("gru", inputs[:2], weight)
+    with without_fast_paths("sequence_functions"):
+        assert not takes("gru", inputs, weight)
     with torch.autocast("cpu"):
-        assert not gru_function.takes_gru_function(inputs, weight)
+        assert not takes("gru", inputs, weight)
 
 
 # All of them in the type in which they are used.

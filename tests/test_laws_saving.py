@@ -694,7 +694,6 @@ RUNNING = {
     "crf_operators",
     "packed_sequences",
     "deferred_logits",
-    "gru_function",
     "hyperbolic_tangent",
     "large_products",
     "linear_calls",
@@ -706,6 +705,7 @@ RUNNING = {
     "recurrent_onnx",
     "recurrent_operator",
     "recurrent_segments",
+    "sequence_functions",
     "step_linear",
     "vocabulary_loss",
 }

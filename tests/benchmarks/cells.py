@@ -99,12 +99,14 @@ class _Sequences:
         return outputs.detach(), *torch.autograd.grad(outputs, [self.inputs, *recurrence.parameters()], self.gradient)
 
 
-@benchmark("gru-256", "GRU, hidden 256 / nn.GRU", {"cpu": 0.75, "cuda": 1.03}, hidden_size=256)
-@benchmark("gru-512", "GRU, hidden 512 / nn.GRU", {"cpu": 0.75, "cuda": 1.03}, hidden_size=512)
-def gru(settings: Settings, hidden_size: int) -> Measurement:
-    """The one cell of torch for which the library has a function of its own."""
+@benchmark("gru-256", "GRU, hidden 256 / nn.GRU", {"cpu": 0.75, "cuda": 1.03}, cell="gru", hidden_size=256)
+@benchmark("gru-512", "GRU, hidden 512 / nn.GRU", {"cpu": 0.75, "cuda": 1.03}, cell="gru", hidden_size=512)
+@benchmark("rnn-256", "plain RNN, hidden 256 / nn.RNN", {"cpu": 0.75, "cuda": 1.03}, cell="rnn_tanh", hidden_size=256)
+@benchmark("rnn-512", "plain RNN, hidden 512 / nn.RNN", {"cpu": 0.75, "cuda": 1.03}, cell="rnn_tanh", hidden_size=512)
+def sequence_function(settings: Settings, cell: str, hidden_size: int) -> Measurement:
+    """Cells of torch for which the library has a function of its own."""
     hidden_size = settings.size(hidden_size, 12)
-    model = make_layer(settings, "gru", hidden_size)
+    model = make_layer(settings, cell, hidden_size)
     recurrence = recurrence_of(model.layers)
     sequences = _Sequences(settings, hidden_size)
 
@@ -112,7 +114,8 @@ def gru(settings: Settings, hidden_size: int) -> Measurement:
         return sequences.through_model(model, weights_of(model.layers).values())
 
     check_equal("outputs and gradients", ours(), sequences.through_module(recurrence))
-    shapes = recurrence_shapes(sequences.tokens, hidden_size, hidden_size, gates=3)
+    gates = len(RECURRENT_CELLS[cell].gate_names)
+    shapes = recurrence_shapes(sequences.tokens, hidden_size, hidden_size, gates)
     floor = matrix_products(shapes, settings, backward=True)
     return measure(settings, lambda: sequences.through_module(recurrence), ours, floor)
 

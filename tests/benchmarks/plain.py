@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 
-MODULES = {"lstm": nn.LSTM, "gru": nn.GRU}
+MODULES = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN}
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def recurrence_of(layers) -> nn.Module:
-    """`nn.LSTM` or `nn.GRU` with copies of the weights of recurrent layers."""
+    """`nn.LSTM`, `nn.GRU` or `nn.RNN` with copies of the weights of recurrent layers."""
     first = layers[0]
     weight = first.cell.weight_hh
     module = MODULES[first.cell.torch_kernel](

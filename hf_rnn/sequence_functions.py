@@ -1,0 +1,184 @@
+"""GRUs and plain RNNs over a whole sequence as one autograd function, on CPUs. Imports the products of oneDNN.
+
+Torch's own go through autograd step by step there, and through the slower of two libraries for their products. Here time
+comes first, so that each step lies in one piece. What can wait for its step does, and few copies are made: an operation
+of a step finds its numbers in the caches of the processor, one over all steps does not.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .fast_paths import may_take
+from .hyperbolic_tangent import tanh_
+from .large_products import large_linear, linear_gradients
+from .packed_linear import can_pack, multiply, pack
+
+
+tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
+threshold_backward = torch.ops.aten.threshold_backward.grad_input
+
+
+def _befores_and_afters(hidden: torch.Tensor, seq: int, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views `[seq, batch, size]` of one piece of memory: the hidden states before and after each step, to be filled."""
+    hiddens = hidden.new_empty(seq + 1, *hidden.shape)
+    hiddens[seq if reverse else 0] = hidden
+    return (hiddens[1:], hiddens[:-1]) if reverse else (hiddens[:-1], hiddens[1:])
+
+
+def _in_order(steps: list, reverse: bool) -> list:
+    return steps[::-1] if reverse else steps
+
+
+def _steps(*sequences: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """The parts of sequences, step by step."""
+    return list(zip(*(sequence.unbind() for sequence in sequences)))
+
+
+def _gate_steps(gates: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """For each step of gates `[seq, batch, 3 * size]` the first two of them in one, then each of the three."""
+    reset, update, new = gates.chunk(3, dim=-1)
+    return _steps(gates[..., : -new.shape[-1]], reset, update, new)
+
+
+class _GRU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
+        seq, batch, _ = inputs.shape
+        size = hidden.shape[-1]
+        # Each step puts its gates (reset, update, new) in the place of what the inputs contribute to them.
+        gates = large_linear(inputs, weight_ih, bias_ih)
+        befores, afters = _befores_and_afters(hidden, seq, reverse)
+        recurrent_news = gates.new_empty(seq, batch, size)  # what the reset gate lets through or not
+        packed = pack(weight_hh)
+        steps = list(zip(_gate_steps(gates), _steps(recurrent_news, befores, afters)))
+        for (both, reset, update, new), (recurrent_new, before, after) in _in_order(steps, reverse):
+            of_both, of_new = multiply(before, packed, bias_hh).split_with_sizes([2 * size, size], dim=-1)
+            both.add_(of_both).sigmoid_()
+            recurrent_new.copy_(of_new)
+            tanh_(new.addcmul_(reset, recurrent_new))
+            torch.lerp(new, before, update, out=after)
+        ctx.save_for_backward(inputs, befores, gates, recurrent_news, weight_ih, weight_hh)
+        ctx.reverse = reverse
+        return afters.clone() if ctx.needs_input_grad[1] else afters
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        inputs, befores, gates, recurrent_news, weight_ih, weight_hh = ctx.saved_tensors
+        size = befores.shape[-1]
+        packed = pack(weight_hh.detach().t().contiguous())
+        of_gates, of_news = torch.empty_like(gates), torch.empty_like(recurrent_news)
+        of_hidden = torch.zeros_like(of_news[0])
+        steps = list(
+            zip(
+                _gate_steps(gates),
+                _steps(recurrent_news, befores, gradient),
+                _gate_steps(of_gates),
+                _steps(of_gates, of_news),
+            )
+        )
+        for (
+            (both, reset, update, new),
+            (recurrent_new, before, of_after),
+            (of_both, of_reset, of_update, of_product),
+            (of_recurrent, of_new),
+        ) in _in_order(steps, not ctx.reverse):
+            of_hidden.add_(of_after)
+            tanh_backward(torch.addcmul(of_hidden, of_hidden, update, value=-1), new, grad_input=of_new)
+            torch.mul(of_new, recurrent_new, out=of_reset)
+            torch.mul(before - new, of_hidden, out=of_update)
+            sigmoid_backward(of_both, both, grad_input=of_both)
+            torch.mul(of_new, reset, out=of_product)
+            of_hidden = multiply(of_recurrent, packed).addcmul_(of_hidden, update)
+        needs_inputs, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = ctx.needs_input_grad[:6]
+        needed = (False, needs_weight_hh, needs_bias_hh)
+        _, of_weight_hh, of_bias_hh = linear_gradients(of_gates, befores, weight_hh, needed)
+        needed = (needs_inputs, needs_weight_ih, needs_bias_ih)
+        if any(needed):
+            # From here on the gradients of what the inputs contribute, which the reset gate does not touch.
+            of_gates[..., 2 * size :] = of_news
+        of_inputs, of_weight_ih, of_bias_ih = linear_gradients(of_gates, inputs, weight_ih, needed)
+        return of_inputs, of_hidden, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, None
+
+
+class _RNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse, rectified):
+        projected = large_linear(inputs, weight_ih, bias_ih)
+        befores, afters = _befores_and_afters(hidden, len(inputs), reverse)
+        packed = pack(weight_hh)
+        for part, before, after in _in_order(_steps(projected, befores, afters), reverse):
+            torch.add(part, multiply(before, packed, bias_hh), out=after)
+            after.relu_() if rectified else tanh_(after)
+        ctx.save_for_backward(inputs, befores, afters, weight_ih, weight_hh)
+        ctx.reverse, ctx.rectified = reverse, rectified
+        return afters.clone() if ctx.needs_input_grad[1] else afters
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        inputs, befores, afters, weight_ih, weight_hh = ctx.saved_tensors
+        packed = pack(weight_hh.detach().t().contiguous())
+        of_sums = torch.empty_like(afters)
+        of_hidden = torch.zeros_like(of_sums[0])
+        for after, of_after, of_sum in _in_order(_steps(afters, gradient, of_sums), not ctx.reverse):
+            of_hidden.add_(of_after)
+            if ctx.rectified:
+                threshold_backward(of_hidden, after, 0, grad_input=of_sum)
+            else:
+                tanh_backward(of_hidden, after, grad_input=of_sum)
+            of_hidden = multiply(of_sum, packed)
+        needs_inputs, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = ctx.needs_input_grad[:6]
+        needed = (needs_inputs, needs_weight_ih, needs_bias_ih)
+        of_inputs, of_weight_ih, of_bias_ih = linear_gradients(of_sums, inputs, weight_ih, needed)
+        needed = (False, needs_weight_hh, needs_bias_hh)
+        _, of_weight_hh, of_bias_hh = linear_gradients(of_sums, befores, weight_hh, needed)
+        return of_inputs, of_hidden, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, None, None
+
+
+# For each kernel of torch that has one of the functions, the function and the arguments behind those of all.
+_FUNCTIONS: dict[str, tuple[Callable, tuple]] = {
+    "gru": (_GRU.apply, ()),
+    "rnn_tanh": (_RNN.apply, (False,)),
+    "rnn_relu": (_RNN.apply, (True,)),
+}
+
+
+def takes_function(kernel: str, inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether what torch calls `kernel`, with the recurrent `weight` over `inputs` `(seq, batch, size)`, is done here."""
+    return (
+        kernel in _FUNCTIONS
+        and weight.shape[1] >= 128
+        and inputs.shape[0] > 2
+        and inputs.dtype == torch.float32
+        and may_take("sequence_functions")
+        and can_pack(inputs, weight)
+    )
+
+
+def run_function(
+    kernel: str,
+    inputs: torch.Tensor,
+    hidden: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor,
+    bias_hh: torch.Tensor,
+    reverse: bool = False,
+) -> torch.Tensor:
+    """
+    The equations of `GRUCell`, `RNNTanhCell` or `RNNReLUCell` over a sequence without padding.
+
+    Args:
+        kernel (`str`): `"gru"`, `"rnn_tanh"` or `"rnn_relu"`, as torch calls them.
+        inputs (`torch.Tensor` of shape `(seq, batch, input_size)`): The inputs.
+        hidden (`torch.Tensor` of shape `(batch, hidden_size)`): The state before the first step.
+        weight_ih, weight_hh, bias_ih, bias_hh (`torch.Tensor`): The parameters of the cell.
+        reverse (`bool`): Whether to read from right to left.
+
+    Returns:
+        The hidden states `(seq, batch, hidden_size)` after each step, each at the place of its input.
+    """
+    function, others = _FUNCTIONS[kernel]
+    return function(inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse, *others)
