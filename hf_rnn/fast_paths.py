@@ -18,7 +18,7 @@ FAST_PATHS = {
     "torch_kernel": "torch's kernels (oneDNN, cuDNN or ATen) over whole sequences, for the cells that they know",
     "stacked_layers": "on a GPU several layers in one call of cuDNN, where nothing happens between them",
     "segments": "those kernels over padded batches on a CPU in pieces of time, for the rows that are not at their end",
-    "sequence_functions": "a GRU or plain RNN over a whole sequence on a CPU as one autograd function on packed weights",
+    "sequence_functions": "on a CPU GRUs and plain RNNs over sequences as one autograd function on packed weights",
     "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
     "recorded_loop": "on a GPU, loops over sequences recorded as CUDA graphs, once they have run in the same sizes",
     "fused_steps": "in recorded loops, what lies between the products of a step fused by `torch.compile`",

@@ -1,8 +1,8 @@
 """GRUs and plain RNNs over a whole sequence as one autograd function, on CPUs. Imports the products of oneDNN.
 
-Torch's own go through autograd step by step there, and through the slower of two libraries for their products. Here time
-comes first, so that each step lies in one piece. What can wait for its step does, and few copies are made: an operation
-of a step finds its numbers in the caches of the processor, one over all steps does not.
+Torch's own go through autograd step by step there, and through the slower of two libraries for their products. Here
+time comes first, so that each step lies in one piece. What can wait for its step does, and few copies are made: an
+operation of a step finds its numbers in the caches of the processor, one over all steps does not.
 """
 
 from collections.abc import Callable
@@ -146,7 +146,7 @@ _FUNCTIONS: dict[str, tuple[Callable, tuple]] = {
 
 
 def takes_function(kernel: str, inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether what torch calls `kernel`, with the recurrent `weight` over `inputs` `(seq, batch, size)`, is done here."""
+    """Whether torch's `kernel` with the recurrent `weight` over `inputs` `(seq, batch, size)` is done here."""
     return (
         kernel in _FUNCTIONS
         and weight.shape[1] >= 128

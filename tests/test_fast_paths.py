@@ -1,4 +1,4 @@
-"""Fast paths on CPUs: packed weights in single steps and loops, sequences as one function; when copies are made anew."""
+"""Fast paths on CPUs: packed weights in single steps and loops, functions of sequences; when copies are made anew."""
 
 import functools
 import gc
@@ -21,7 +21,7 @@ from hf_rnn import (
     without_fast_paths,
 )
 from hf_rnn import step_linear as step_linear_module
-from hf_rnn.recurrent_cells import GRUCell, LSTMCell
+from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_kernels import call_torch_kernel, run_loop
 from hf_rnn.step_linear import StepLinear
 from matrix import DECODERS, GENERATIVE, MODEL_CLASSES, cases, make_inputs, make_mask, make_model
