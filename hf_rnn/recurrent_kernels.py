@@ -122,7 +122,7 @@ def call_torch_kernel(
         weights = [w for cell in cells for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
     by_time = inputs.transpose(0, 1) if batch_first else inputs
     name = cells[0].torch_kernel
-    if num_layers == 1 and takes_function(name, by_time, weights[1]):
+    if num_layers == 1 and takes_function(name, by_time, state[0], weights):
         outputs, final = _call_function(name, by_time, state, weights)
         return outputs.transpose(0, 1) if batch_first else outputs, final
     num_states = len(cells[0].state_names)

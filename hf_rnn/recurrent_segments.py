@@ -5,6 +5,7 @@ time is cut at some of the lengths, and a piece runs the rows that are not yet a
 of the kernel, so that few cuts, well chosen, are best: a small dynamic programme finds them.
 """
 
+from bisect import bisect_right
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,11 @@ from .fast_paths import may_take
 from .recurrent_padding import Padding
 
 
-# What a step costs beside its rows, and a call beside its steps, in rows times steps: the weights are read at every
-# step and brought into order at every call. Found by measurement, as are the operations that take the time of a call.
-STEP_COST = 8
+# What a call costs beside its steps, in rows times steps, because the weights are brought into order for it; and the
+# operations that take the time of a call, and of sorting a batch into pieces at all. Found by measurement.
 CALL_COST = 70
 CALL_OPERATIONS = 1e7
+SORTING_OPERATIONS = 8e7
 # What a cut costs a loop over the steps, which makes new views of what it reads.
 LOOP_CUT_COST = 4
 # More places to cut are not looked at.
@@ -57,11 +58,11 @@ class Segments:
         self.padding = padding
         self.order = padding.lengths.argsort(descending=True, stable=True)
         self.rank = self.order.argsort()
-        sorted_lengths = padding.lengths[self.order].tolist()
+        lengths = sorted(padding.lengths.tolist())
         self.pieces: list[Piece] = []
         start, first = 0, 0
         for stop in cuts:
-            rows = sum(length > start for length in sorted_lengths)
+            rows = len(lengths) - bisect_right(lengths, start)
             self.pieces.append(Piece(start, stop, rows, first))
             start, first = stop, first + (stop - start) * rows
         self.num_steps = first
@@ -141,29 +142,32 @@ def show_steps(outputs: torch.Tensor, steps: DirectionSteps, initial: torch.Tens
     return torch.where(steps.started, shown, initial.to(shown.dtype).unsqueeze(1))
 
 
-def choose_cuts(lengths: list[int], call_cost: float) -> list[int]:
+def choose_cuts(lengths: list[int], call_cost: float, sorting_cost: float = 0) -> list[int]:
     """
     Where to cut time.
 
     Args:
         lengths (`list[int]`): The lengths of the rows.
         call_cost (`float`): What a piece costs beside its steps, in rows times steps.
+        sorting_cost (`float`): What it costs to have more than one piece.
 
     Returns:
         The steps at which pieces end, of which the last is the greatest length: the cheapest of all choices, where a
-        step costs its rows and [`STEP_COST`]. Empty where no row has a token.
+        step costs its rows. Empty where no row has a token.
     """
     lengths = sorted(length for length in lengths if length > 0)
     if not lengths:
         return []
     thinned = lengths[:: -(-len(lengths) // MOST_CUTS)] + lengths[-1:]
     bounds = [0, *sorted(set(thinned))]
-    rows = [sum(length > bound for length in lengths) + STEP_COST for bound in bounds]
+    rows = [len(lengths) - bisect_right(lengths, bound) for bound in bounds]
     best, begins = [0.0], [0]
     for stop in range(1, len(bounds)):
         costs = [best[start] + call_cost + (bounds[stop] - bounds[start]) * rows[start] for start in range(stop)]
         begins.append(min(range(stop), key=costs.__getitem__))
         best.append(costs[begins[-1]])
+    if best[-1] + sorting_cost >= call_cost + bounds[-1] * rows[0]:
+        return bounds[-1:]
     cuts, stop = [], len(bounds) - 1
     while stop > 0:
         cuts.append(bounds[stop])
@@ -171,14 +175,15 @@ def choose_cuts(lengths: list[int], call_cost: float) -> list[int]:
     return cuts[::-1]
 
 
-def _segments(padding: Padding, call_cost: float) -> Segments | None:
-    """The cheapest pieces where a further piece costs so much, or None where it is the whole. `padding` keeps them."""
+def _segments(padding: Padding, call_cost: float, sorting_cost: float) -> Segments | None:
+    """The cheapest pieces at these costs, or None where it is the whole. `padding` keeps them."""
     if padding.mask.device.type != "cpu" or torch.compiler.is_compiling() or not may_take("segments"):
         return None
-    if call_cost not in padding.segments:
-        cuts = choose_cuts(padding.lengths.tolist(), call_cost)
-        padding.segments[call_cost] = Segments(padding, cuts) if len(cuts) > 1 else None
-    return padding.segments[call_cost]
+    costs = call_cost, sorting_cost
+    if costs not in padding.segments:
+        cuts = choose_cuts(padding.lengths.tolist(), *costs)
+        padding.segments[costs] = Segments(padding, cuts) if len(cuts) > 1 else None
+    return padding.segments[costs]
 
 
 def find_segments(padding: Padding, input_size: int, gate_rows: int) -> Segments | None:
@@ -190,10 +195,11 @@ def find_segments(padding: Padding, input_size: int, gate_rows: int) -> Segments
         input_size (`int`): Width of the inputs.
         gate_rows (`int`): Rows of the weights of the cell, of all gates.
     """
-    operations = 6 * gate_rows * (input_size + gate_rows // 4)
-    return _segments(padding, round(CALL_COST + CALL_OPERATIONS / operations))
+    passes = 3 if torch.is_grad_enabled() else 1  # the backward has twice the products
+    operations = 2 * passes * gate_rows * (input_size + gate_rows // 4)
+    return _segments(padding, round(CALL_COST + CALL_OPERATIONS / operations), round(SORTING_OPERATIONS / operations))
 
 
 def find_loop_segments(padding: Padding | None) -> Segments | None:
     """The pieces for a loop over the steps, where a cut costs no more than a view; None where there is one piece."""
-    return None if padding is None else _segments(padding, LOOP_CUT_COST)
+    return None if padding is None else _segments(padding, LOOP_CUT_COST, 0)

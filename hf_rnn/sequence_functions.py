@@ -5,14 +5,15 @@ time comes first, so that each step lies in one piece. What can wait for its ste
 operation of a step finds its numbers in the caches of the processor, one over all steps does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn import functional as F
 
-from .fast_paths import may_take
+from .fast_paths import may_take, transforms_are_active
 from .hyperbolic_tangent import tanh_
 from .large_products import large_linear, linear_gradients
-from .packed_linear import can_pack, multiply, pack
+from .packed_linear import can_pack, is_large, multiply, pack
 
 
 tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
@@ -28,6 +29,26 @@ def _befores_and_afters(hidden: torch.Tensor, seq: int, reverse: bool) -> tuple[
 
 def _in_order(steps: list, reverse: bool) -> list:
     return steps[::-1] if reverse else steps
+
+
+def _linear_with(weight: torch.Tensor, inputs: torch.Tensor) -> Callable:
+    """`F.linear` of many inputs like these with one weight, packed where that is worth its while."""
+    if is_large(inputs, weight) and can_pack(inputs, weight):
+        packed = pack(weight)
+        return lambda inputs, bias=None: multiply(inputs, packed, bias)
+    return lambda inputs, bias=None: F.linear(inputs, weight, bias)
+
+
+def _gradients_with_graph(kernel: str, reverse: bool, ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of a function where those of higher order are asked for, by torch's own kernel."""
+    arguments = ctx.saved_tensors[:6]
+    inputs, hidden, *weights = arguments
+    in_order = inputs.flip(0) if reverse else inputs
+    outputs, _ = getattr(torch._VF, kernel)(in_order, hidden.unsqueeze(0), weights, True, 1, 0.0, True, False, False)
+    outputs = outputs.flip(0) if reverse else outputs
+    needed = [argument for argument, is_needed in zip(arguments, ctx.needs_input_grad) if is_needed]
+    found = iter(torch.autograd.grad(outputs, needed, gradient, create_graph=True))
+    return tuple(next(found) if is_needed else None for is_needed in ctx.needs_input_grad)
 
 
 def _steps(*sequences: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
@@ -50,26 +71,32 @@ class _GRU(torch.autograd.Function):
         gates = large_linear(inputs, weight_ih, bias_ih)
         befores, afters = _befores_and_afters(hidden, seq, reverse)
         recurrent_news = gates.new_empty(seq, batch, size)  # what the reset gate lets through or not
-        packed = pack(weight_hh)
+        linear = _linear_with(weight_hh, hidden)
         steps = list(zip(_gate_steps(gates), _steps(recurrent_news, befores, afters)))
         for (both, reset, update, new), (recurrent_new, before, after) in _in_order(steps, reverse):
-            of_both, of_new = multiply(before, packed, bias_hh).split_with_sizes([2 * size, size], dim=-1)
+            of_both, of_new = linear(before, bias_hh).split_with_sizes([2 * size, size], dim=-1)
             both.add_(of_both).sigmoid_()
             recurrent_new.copy_(of_new)
             tanh_(new.addcmul_(reset, recurrent_new))
             torch.lerp(new, before, update, out=after)
-        ctx.save_for_backward(inputs, befores, gates, recurrent_news, weight_ih, weight_hh)
+        ctx.save_for_backward(inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, befores, gates, recurrent_news)
         ctx.reverse = reverse
         return afters.clone() if ctx.needs_input_grad[1] else afters
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        inputs, befores, gates, recurrent_news, weight_ih, weight_hh = ctx.saved_tensors
-        size = befores.shape[-1]
-        packed = pack(weight_hh.detach().t().contiguous())
+        if torch.is_grad_enabled():
+            return _gradients_with_graph("gru", ctx.reverse, ctx, gradient)
+        with torch.autocast("cpu", enabled=False):  # as in the forward
+            return _GRU._gradients(ctx, gradient)
+
+    @staticmethod
+    def _gradients(ctx, gradient):
+        inputs, hidden, weight_ih, weight_hh, _, _, befores, gates, recurrent_news = ctx.saved_tensors
+        size = hidden.shape[-1]
         of_gates, of_news = torch.empty_like(gates), torch.empty_like(recurrent_news)
-        of_hidden = torch.zeros_like(of_news[0])
+        of_hidden = torch.zeros_like(hidden)
+        linear = _linear_with(weight_hh.t(), of_gates[0])
         steps = list(
             zip(
                 _gate_steps(gates),
@@ -90,7 +117,7 @@ class _GRU(torch.autograd.Function):
             torch.mul(before - new, of_hidden, out=of_update)
             sigmoid_backward(of_both, both, grad_input=of_both)
             torch.mul(of_new, reset, out=of_product)
-            of_hidden = multiply(of_recurrent, packed).addcmul_(of_hidden, update)
+            of_hidden = linear(of_recurrent).addcmul_(of_hidden, update)
         needs_inputs, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = ctx.needs_input_grad[:6]
         needed = (False, needs_weight_hh, needs_bias_hh)
         _, of_weight_hh, of_bias_hh = linear_gradients(of_gates, befores, weight_hh, needed)
@@ -107,28 +134,35 @@ class _RNN(torch.autograd.Function):
     def forward(ctx, inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse, rectified):
         projected = large_linear(inputs, weight_ih, bias_ih)
         befores, afters = _befores_and_afters(hidden, len(inputs), reverse)
-        packed = pack(weight_hh)
+        linear = _linear_with(weight_hh, hidden)
         for part, before, after in _in_order(_steps(projected, befores, afters), reverse):
-            torch.add(part, multiply(before, packed, bias_hh), out=after)
+            torch.add(part, linear(before, bias_hh), out=after)
             after.relu_() if rectified else tanh_(after)
-        ctx.save_for_backward(inputs, befores, afters, weight_ih, weight_hh)
+        ctx.save_for_backward(inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, befores, afters)
         ctx.reverse, ctx.rectified = reverse, rectified
         return afters.clone() if ctx.needs_input_grad[1] else afters
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        inputs, befores, afters, weight_ih, weight_hh = ctx.saved_tensors
-        packed = pack(weight_hh.detach().t().contiguous())
+        if torch.is_grad_enabled():
+            kernel = "rnn_relu" if ctx.rectified else "rnn_tanh"
+            return _gradients_with_graph(kernel, ctx.reverse, ctx, gradient)
+        with torch.autocast("cpu", enabled=False):
+            return _RNN._gradients(ctx, gradient)
+
+    @staticmethod
+    def _gradients(ctx, gradient):
+        inputs, hidden, weight_ih, weight_hh, _, _, befores, afters = ctx.saved_tensors
         of_sums = torch.empty_like(afters)
-        of_hidden = torch.zeros_like(of_sums[0])
+        of_hidden = torch.zeros_like(hidden)
+        linear = _linear_with(weight_hh.t(), of_sums[0])
         for after, of_after, of_sum in _in_order(_steps(afters, gradient, of_sums), not ctx.reverse):
             of_hidden.add_(of_after)
             if ctx.rectified:
                 threshold_backward(of_hidden, after, 0, grad_input=of_sum)
             else:
                 tanh_backward(of_hidden, after, grad_input=of_sum)
-            of_hidden = multiply(of_sum, packed)
+            of_hidden = linear(of_sum)
         needs_inputs, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = ctx.needs_input_grad[:6]
         needed = (needs_inputs, needs_weight_ih, needs_bias_ih)
         of_inputs, of_weight_ih, of_bias_ih = linear_gradients(of_sums, inputs, weight_ih, needed)
@@ -145,16 +179,23 @@ _FUNCTIONS: dict[str, tuple[Callable, tuple]] = {
 }
 
 
-def takes_function(kernel: str, inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether torch's `kernel` with the recurrent `weight` over `inputs` `(seq, batch, size)` is done here."""
-    return (
+def takes_function(kernel: str, inputs: torch.Tensor, hidden: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether torch's `kernel` over `inputs` `(seq, batch, size)`, from `hidden` `(batch, size)`, is done here."""
+    weight = weights[1]
+    serves = (
         kernel in _FUNCTIONS
-        and weight.shape[1] >= 128
         and inputs.shape[0] > 2
-        and inputs.dtype == torch.float32
+        and inputs.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
         and may_take("sequence_functions")
-        and can_pack(inputs, weight)
+        and not torch.is_autocast_enabled("cpu")
+        and not transforms_are_active()
     )
+    if not serves:
+        return False
+    # Without a graph of all steps, small ones are as fast in torch's kernel.
+    keeps_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, hidden, *weights))
+    return keeps_graph or (is_large(hidden, weight) and can_pack(hidden, weight))
 
 
 def run_function(

@@ -323,7 +323,7 @@ FUNCTIONS = pytest.mark.parametrize("kernel", ["gru", "rnn_tanh", "rnn_relu"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_sequence_functions(packed, monkeypatch, kernel, bidirectional, batch):
     """Outputs, final states and gradients are those of the loop over the cell."""
-    monkeypatch.setattr("hf_rnn.recurrent_kernels.takes_function", lambda kernel, inputs, weight: True)
+    monkeypatch.setattr("hf_rnn.recurrent_kernels.takes_function", lambda *arguments: True)
     cells = [RECURRENT_CELLS[kernel](5, 6).double() for _ in range(1 + bidirectional)]
     for cell in cells:
         for parameter in cell.parameters():
@@ -345,30 +345,70 @@ def test_sequence_functions(packed, monkeypatch, kernel, bidirectional, batch):
 
 
 @FUNCTIONS
-def test_sequence_functions_with_frozen_parts(packed, kernel):
+def test_derivatives_of_sequence_functions(packed, kernel):
+    """Of the first and the second order, of each argument alone and of all, with packed weights and plain ones."""
     gates = 3 * len(RECURRENT_CELLS[kernel].gate_names)
     shapes = [(4, 2, 5), (2, 3), (gates, 5), (gates, 3), (gates,), (gates,)]
-    for index in range(len(shapes)):
-        arguments = [torch.randn(shape).double().requires_grad_(index == number) for number, shape in enumerate(shapes)]
+    run = functools.partial(sequence_functions.run_function, kernel)
+    for index in [*range(len(shapes)), None]:
+        leaves = [
+            torch.randn(shape).double().requires_grad_(index in (number, None)) for number, shape in enumerate(shapes)
+        ]
         for reverse in (False, True):
-            run = functools.partial(sequence_functions.run_function, kernel)
-            assert torch.autograd.gradcheck(run, (*arguments, reverse))
+            assert torch.autograd.gradcheck(run, (*leaves, reverse))
+            if index is None:
+                assert torch.autograd.gradgradcheck(run, (*leaves, reverse))
+    assert packed
+
+
+@FUNCTIONS
+def test_sequence_functions_of_small_products(monkeypatch, kernel):
+    """Where no product is worth a packed weight, nothing is packed; a backward under autocast is that without."""
+    monkeypatch.setattr(sequence_functions, "pack", None)
+    cell = RECURRENT_CELLS[kernel](5, 6)
+    for parameter in cell.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    inputs, state = torch.randn(2, 7, 5), (torch.randn(2, 6),)
+    assert sequence_functions.takes_function(kernel, inputs.transpose(0, 1), state[0], list(cell.parameters()))
+    gradients = []
+    for run in (call_torch_kernel, lambda cells, *arguments: run_loop(*cells, *arguments, None)):
+        outputs, _, *_ = run([cell], inputs, state)
+        with torch.autocast("cpu", enabled=run is call_torch_kernel):
+            gradients.append([outputs, *torch.autograd.grad(outputs.sin().sum(), list(cell.parameters()))])
+    for pair in zip(*gradients, strict=True):
+        torch.testing.assert_close(*pair)
 
 
 def test_which_sequences_run_as_a_function(monkeypatch):
-    """Wide ones in float32 where packing pays; nothing else."""
+    """Those in float32 with a graph, and without one where packing pays; nothing else."""
     monkeypatch.setattr(packed_linear, "packing_pays", lambda dtype: True)
-    inputs, weight, takes = torch.zeros(5, 2, 8), torch.zeros(3 * 128, 128), sequence_functions.takes_function
-    assert takes("gru", inputs, weight)
-    assert takes("rnn_tanh", inputs, weight)
-    assert not takes("lstm", inputs, weight)
-    assert not takes("gru", inputs.double(), weight.double())
-    assert not takes("gru", inputs, torch.zeros(3 * 64, 64))
-    assert not takes("gru", inputs[:2], weight)
-    with without_fast_paths("sequence_functions"):
-        assert not takes("gru", inputs, weight)
-    with torch.autocast("cpu"):
-        assert not takes("gru", inputs, weight)
+    inputs, hidden = torch.zeros(5, 64, 8), torch.zeros(64, 128)
+    weights = [torch.zeros(384, 8), torch.zeros(384, 128), torch.zeros(384), torch.zeros(384)]
+
+    def takes(kernel="gru", rows=64, steps=5, dtype=torch.float32):
+        arguments = (tensor.to(dtype) for tensor in weights)
+        return sequence_functions.takes_function(
+            kernel, inputs[:steps, :rows].to(dtype), hidden[:rows].to(dtype), list(arguments)
+        )
+
+    assert takes()
+    assert takes("rnn_tanh")
+    assert takes("rnn_relu")
+    assert not takes("lstm")
+    assert not takes(steps=2)
+    assert not takes(dtype=torch.float64)
+    assert not takes(rows=2)
+    weights[0].requires_grad_()
+    assert takes(rows=2)
+    assert not takes(rows=2, dtype=torch.float64)
+    with torch.no_grad():
+        assert not takes(rows=2)
+    for context in (without_fast_paths("sequence_functions"), torch.autocast("cpu")):
+        with context:
+            assert not takes()
+    seen = []
+    torch.func.vmap(lambda row: seen.append(takes()) or row)(inputs)
+    assert seen == [False]
 
 
 # All of them in the type in which they are used.

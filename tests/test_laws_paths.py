@@ -1,5 +1,7 @@
 """Law 3: fast path = plain loop = NumPy equations, in outputs, final states and every gradient."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +176,27 @@ def test_fast_path_is_the_loop_is_the_equations(cell_type, bidirectional, kernel
                         np.testing.assert_allclose(loop[name], value, rtol=1e-11, atol=1e-12, err_msg=message)
 
 
+def test_where_time_is_cut():
+    """At the cheapest choice of lengths, found among all of them; nowhere where sorting costs more than it saves."""
+    lengths = [9, 3, 0, 7, 3, 1, 9, 4]
+
+    def cost(cuts, call_cost):
+        starts = [0, *cuts[:-1]]
+        return sum(call_cost + (stop - start) * sum(n > start for n in lengths) for start, stop in zip(starts, cuts))
+
+    choices = [
+        [*chosen, 9] for number in range(5) for chosen in itertools.combinations(sorted(set(lengths) - {0, 9}), number)
+    ]
+    for call_cost in (0, 2, 5, 9, 50):
+        best = min(cost(cuts, call_cost) for cuts in choices)
+        assert cost(recurrent_segments.choose_cuts(lengths, call_cost), call_cost) == best
+        saved = cost([9], call_cost) - best
+        assert recurrent_segments.choose_cuts(lengths, call_cost, saved) == [9]
+        if saved > 0:
+            assert len(recurrent_segments.choose_cuts(lengths, call_cost, saved - 1)) > 1
+    assert recurrent_segments.choose_cuts([0, 0], 0) == []
+
+
 @ON_A_CPU
 @CELLS
 @DIRECTIONS
@@ -182,6 +205,7 @@ def test_pieces_of_time_are_the_loop(cell_type, bidirectional, call_cost, kernel
     """A batch cut at every length, and one where rows end within a piece too; never where nothing is gained by it."""
     monkeypatch.setattr(recurrent_segments, "CALL_COST", call_cost)
     monkeypatch.setattr(recurrent_segments, "CALL_OPERATIONS", 0)
+    monkeypatch.setattr(recurrent_segments, "SORTING_OPERATIONS", 0)
     layer, inputs, state = make_layer(cell_type, bidirectional)
     num_lengths = {"right": 5, "right and empty": 3, "left": 5, "mixed": 3, "both ends": 1}
     for kind, number in num_lengths.items():
