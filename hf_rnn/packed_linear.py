@@ -56,17 +56,15 @@ def can_pack(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-# Numbers read from a weight of float32 below which a call of oneDNN takes longer to set up than it saves. A single row
-# is quick to multiply in the plain layout, too, as long as the weight stays near to the processor.
-LARGE, LARGE_FOR_ONE_ROW = 2**19, 2**20
+# Multiplications of a product in float32 below which a call of oneDNN takes longer to set up than it saves.
+LARGE = 2**20
 
 
 def is_large(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a packed weight is worth the call in a product of `inputs` `(..., in)` with a weight `[out, in]`."""
     if weight.dtype != torch.float32:  # for which torch calls oneDNN in any case
         return True
-    rows, size = inputs.numel() // weight.shape[1], weight.numel()
-    return size >= LARGE_FOR_ONE_ROW if rows == 1 else rows * size >= LARGE
+    return inputs.numel() // weight.shape[1] * weight.numel() >= LARGE
 
 
 class _Copy:

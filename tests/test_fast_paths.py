@@ -128,12 +128,12 @@ def make_weight() -> nn.Parameter:
 
 
 def test_which_products_are_worth_a_copy():
-    """Large ones, of which those with one row have to be larger."""
+    """Those with many multiplications, and all in narrow types."""
     one, few, weight = torch.ones(1, 1, 512), torch.ones(2, 1, 512), nn.Parameter(torch.ones(1024, 512))
     assert not packed_linear.is_large(one, weight)
     assert packed_linear.is_large(few, weight)
     assert packed_linear.is_large(one, nn.Parameter(torch.ones(2048, 512)))
-    assert not packed_linear.is_large(few, nn.Parameter(torch.ones(511, 512)))
+    assert not packed_linear.is_large(few, nn.Parameter(torch.ones(1023, 512)))
     assert packed_linear.is_large(one.bfloat16(), weight.bfloat16())
 
 
