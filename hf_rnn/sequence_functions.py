@@ -39,13 +39,17 @@ def _linear_with(weight: torch.Tensor, inputs: torch.Tensor) -> Callable:
     return lambda inputs, bias=None: F.linear(inputs, weight, bias)
 
 
-def _gradients_with_graph(kernel: str, reverse: bool, ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of a function where those of higher order are asked for, by torch's own kernel."""
+def _backward(ctx, gradient: torch.Tensor, gradients: Callable) -> tuple[torch.Tensor | None, ...]:
+    """`gradients(ctx, gradient)`; by torch's own kernel where those of higher order are asked for."""
+    if not torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):  # as in the forward
+            return gradients(ctx, gradient)
     arguments = ctx.saved_tensors[:6]
     inputs, hidden, *weights = arguments
-    in_order = inputs.flip(0) if reverse else inputs
-    outputs, _ = getattr(torch._VF, kernel)(in_order, hidden.unsqueeze(0), weights, True, 1, 0.0, True, False, False)
-    outputs = outputs.flip(0) if reverse else outputs
+    in_order = inputs.flip(0) if ctx.reverse else inputs
+    kernel = getattr(torch._VF, ctx.kernel)
+    outputs, _ = kernel(in_order, hidden.unsqueeze(0), weights, True, 1, 0.0, True, False, False)
+    outputs = outputs.flip(0) if ctx.reverse else outputs
     needed = [argument for argument, is_needed in zip(arguments, ctx.needs_input_grad) if is_needed]
     found = iter(torch.autograd.grad(outputs, needed, gradient, create_graph=True))
     return tuple(next(found) if is_needed else None for is_needed in ctx.needs_input_grad)
@@ -64,7 +68,7 @@ def _gate_steps(gates: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 
 class _GRU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
+    def forward(ctx, inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse, kernel):
         seq, batch, _ = inputs.shape
         size = hidden.shape[-1]
         # Each step puts its gates (reset, update, new) in the place of what the inputs contribute to them.
@@ -80,15 +84,12 @@ class _GRU(torch.autograd.Function):
             tanh_(new.addcmul_(reset, recurrent_new))
             torch.lerp(new, before, update, out=after)
         ctx.save_for_backward(inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, befores, gates, recurrent_news)
-        ctx.reverse = reverse
+        ctx.reverse, ctx.kernel = reverse, kernel
         return afters.clone() if ctx.needs_input_grad[1] else afters
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled():
-            return _gradients_with_graph("gru", ctx.reverse, ctx, gradient)
-        with torch.autocast("cpu", enabled=False):  # as in the forward
-            return _GRU._gradients(ctx, gradient)
+        return _backward(ctx, gradient, _GRU._gradients)
 
     @staticmethod
     def _gradients(ctx, gradient):
@@ -126,29 +127,25 @@ class _GRU(torch.autograd.Function):
             # From here on the gradients of what the inputs contribute, which the reset gate does not touch.
             of_gates[..., 2 * size :] = of_news
         of_inputs, of_weight_ih, of_bias_ih = linear_gradients(of_gates, inputs, weight_ih, needed)
-        return of_inputs, of_hidden, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, None
+        return of_inputs, of_hidden, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, None, None
 
 
 class _RNN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse, rectified):
+    def forward(ctx, inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse, kernel):
         projected = large_linear(inputs, weight_ih, bias_ih)
         befores, afters = _befores_and_afters(hidden, len(inputs), reverse)
         linear = _linear_with(weight_hh, hidden)
         for part, before, after in _in_order(_steps(projected, befores, afters), reverse):
             torch.add(part, linear(before, bias_hh), out=after)
-            after.relu_() if rectified else tanh_(after)
+            after.relu_() if kernel == "rnn_relu" else tanh_(after)
         ctx.save_for_backward(inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, befores, afters)
-        ctx.reverse, ctx.rectified = reverse, rectified
+        ctx.reverse, ctx.kernel = reverse, kernel
         return afters.clone() if ctx.needs_input_grad[1] else afters
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled():
-            kernel = "rnn_relu" if ctx.rectified else "rnn_tanh"
-            return _gradients_with_graph(kernel, ctx.reverse, ctx, gradient)
-        with torch.autocast("cpu", enabled=False):
-            return _RNN._gradients(ctx, gradient)
+        return _backward(ctx, gradient, _RNN._gradients)
 
     @staticmethod
     def _gradients(ctx, gradient):
@@ -158,7 +155,7 @@ class _RNN(torch.autograd.Function):
         linear = _linear_with(weight_hh.t(), of_sums[0])
         for after, of_after, of_sum in _in_order(_steps(afters, gradient, of_sums), not ctx.reverse):
             of_hidden.add_(of_after)
-            if ctx.rectified:
+            if ctx.kernel == "rnn_relu":
                 threshold_backward(of_hidden, after, 0, grad_input=of_sum)
             else:
                 tanh_backward(of_hidden, after, grad_input=of_sum)
@@ -171,12 +168,8 @@ class _RNN(torch.autograd.Function):
         return of_inputs, of_hidden, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, None, None
 
 
-# For each kernel of torch that has one of the functions, the function and the arguments behind those of all.
-_FUNCTIONS: dict[str, tuple[Callable, tuple]] = {
-    "gru": (_GRU.apply, ()),
-    "rnn_tanh": (_RNN.apply, (False,)),
-    "rnn_relu": (_RNN.apply, (True,)),
-}
+# For kernels of torch, the function that stands in their place.
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"gru": _GRU, "rnn_tanh": _RNN, "rnn_relu": _RNN}
 
 
 def takes_function(kernel: str, inputs: torch.Tensor, hidden: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
@@ -221,5 +214,4 @@ def run_function(
     Returns:
         The hidden states `(seq, batch, hidden_size)` after each step, each at the place of its input.
     """
-    function, others = _FUNCTIONS[kernel]
-    return function(inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse, *others)
+    return _FUNCTIONS[kernel].apply(inputs, hidden, weight_ih, weight_hh, bias_ih, bias_hh, reverse, kernel)

@@ -25,7 +25,7 @@ from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_kernels import call_torch_kernel, run_loop
 from hf_rnn.step_linear import StepLinear
 from matrix import DECODERS, GENERATIVE, MODEL_CLASSES, cases, make_inputs, make_mask, make_model
-from test_laws_paths import assert_same, padded_inputs, results_of
+from test_laws_paths import check_model, results_of
 
 
 CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
@@ -260,15 +260,8 @@ def test_steps_with_packed_weights(packed, name, options):
 @pytest.mark.parametrize(("name", "options"), cases(), ids=str)
 def test_loops_with_packed_weights(packed, name, options):
     """Outputs, loss and every gradient of a model whose loops multiply with packed weights."""
-    model = make_model(name, **options)
-    inputs = padded_inputs(name)
-    with loop_only():
-        expected = results_of(model, inputs)
-        assert not packed
-    with without_fast_paths("torch_kernel", "chunked_loss"):
-        actual = results_of(model, inputs)
+    check_model(name, options, packed, ["torch_kernel", "chunked_loss"])
     assert packed
-    assert_same(actual, expected, f"{name}, {options}", rtol=1e-9, atol=1e-10)
 
 
 def test_gradients_of_step_linear(packed):

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from hf_rnn import hyperbolic_tangent, loop_only, without_fast_paths
+from hf_rnn import hyperbolic_tangent, without_fast_paths
 from hf_rnn.hyperbolic_tangent import tanh, tanh_
 from hf_rnn.recurrent_cells import LSTMCell
-from matrix import cases, make_model
-from test_laws_paths import assert_same, padded_inputs, results_of
+from matrix import cases
+from test_laws_paths import check_model
 
 
 @pytest.fixture
@@ -109,14 +109,7 @@ def test_the_faster_one_is_taken(monkeypatch, faster):
 @pytest.mark.parametrize(("name", "options"), cases(), ids=str)
 def test_models(taken, name, options):
     """Outputs, loss and every gradient of a model in training mode, without torch's kernels."""
-    model = make_model(name, **options)
-    inputs = padded_inputs(name)
-    with loop_only():
-        expected = results_of(model, inputs)
-    assert not taken
-    with without_fast_paths("torch_kernel"):
-        actual = results_of(model, inputs)
-    assert_same(actual, expected, f"{name}, {options}", rtol=1e-9, atol=1e-10)
+    check_model(name, options, taken, ["torch_kernel"])
     assert taken or "rnn_relu" in options.values()
 
 

@@ -9,8 +9,8 @@ from hf_rnn import large_products, loop_only, packed_linear, without_fast_paths
 from hf_rnn.large_products import apply_linear, large_linear, weight_gradient
 from hf_rnn.recurrent_cells import GRUCell
 from hf_rnn.recurrent_kernels import run_loop
-from matrix import cases, make_model
-from test_laws_paths import assert_same, padded_inputs, results_of
+from matrix import cases
+from test_laws_paths import check_model
 
 
 @pytest.fixture
@@ -111,15 +111,8 @@ def test_nothing_is_kept_without_gradients(taken):
 @pytest.mark.parametrize(("name", "options"), cases(), ids=str)
 def test_models(taken, name, options):
     """Outputs, loss and every gradient of a model in training mode, without torch's kernels and with them."""
-    model = make_model(name, **options)
-    inputs = padded_inputs(name)
-    with loop_only():
-        expected = results_of(model, inputs)
-    assert not taken
-    for others in ([], ["torch_kernel"], ["chunked_loss"]):
-        with without_fast_paths("packed_linear", *others):
-            actual = results_of(model, inputs)
-        assert_same(actual, expected, f"{name}, {options}, without {others}", rtol=1e-9, atol=1e-10)
+    others = ([], ["torch_kernel"], ["chunked_loss"])
+    check_model(name, options, taken, *(["packed_linear", *names] for names in others))
     assert taken or name != "RNNForCausalLM"
 
 

@@ -357,6 +357,19 @@ def results_of(model, inputs: dict) -> dict:
     return {name: result.detach() for name, result in results.items()}
 
 
+def check_model(name: str, options: dict, taken: list, *ruled_out: list[str]) -> None:
+    """That a model gives what its loop gives, without the named fast paths; `taken` records another one."""
+    model = make_model(name, **options)
+    inputs = padded_inputs(name)
+    with loop_only():
+        expected = results_of(model, inputs)
+    assert not taken
+    for names in ruled_out:
+        with without_fast_paths(*names):
+            actual = results_of(model, inputs)
+        assert_same(actual, expected, f"{name}, {options}, without {names}", rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", MODEL_CLASSES)
 def test_models_on_the_fast_path_and_on_the_loop(name, kernel_calls):
     """Outputs, loss and gradients of every class with every option, with padding and without."""

@@ -45,6 +45,11 @@ def make_pairs(settings: Settings, vocab_size: int) -> tuple[torch.Tensor, torch
     return sources.masked_fill(is_padding, 0).to(settings.device), lengths, labels.to(settings.device)
 
 
+def mask_of(sources: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """1 `[batch, source]` where a source has a token."""
+    return (torch.arange(sources.shape[1]) < lengths[:, None]).long().to(sources.device)
+
+
 class OpenNMT(nn.Module):
     """An LSTM translator with the arithmetic of OpenNMT-py: batched products in the attention of each step."""
 
@@ -169,7 +174,7 @@ def training_step(settings: Settings, peer: str, input_feeding: bool = True) -> 
     model = make_translator(settings, input_feeding=input_feeding).train()
     theirs = PEERS[peer](model)
     sources, lengths, labels = make_pairs(settings, model.config.vocab_size)
-    mask = (torch.arange(sources.shape[1]) < lengths[:, None]).long().to(settings.device)
+    mask = mask_of(sources, lengths)
     num_items = (labels != -100).sum()
 
     def loss_of_model():
@@ -233,7 +238,7 @@ def attention_step(settings: Settings, **options) -> Measurement:
     """Scores whose gradients take ways of their own, against the same model on the plain operations of torch."""
     model = make_translator(settings, input_feeding=False, **options).train()
     sources, lengths, labels = make_pairs(settings, model.config.vocab_size)
-    mask = (torch.arange(sources.shape[1]) < lengths[:, None]).long().to(settings.device)
+    mask = mask_of(sources, lengths)
 
     def ours():
         model.zero_grad()
