@@ -30,6 +30,7 @@ class AttentionMemory(NamedTuple):
     values: torch.Tensor  # [batch, heads, source, value_size / heads]
     mask: torch.Tensor | None  # [batch, 1, 1, source], True where there is a token
     for_plain_queries: bool = False  # whether the keys are compared with queries as they are, see `AttentionScore`
+    are_values_mapped: bool = False  # whether they are what the one map that reads the context made of the features
 
     def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "AttentionMemory":
         """The same with `change(part)` for each tensor."""
@@ -478,39 +479,35 @@ class CoverageFeatures(nn.Module):
         return torch.addcmul(keys, coverage.to(keys.dtype).unsqueeze(-1), weight)
 
 
-class _Keys(NamedTuple):
-    """Keys for the steps of a decoder, and what they were made of."""
+class _Kept(NamedTuple):
+    """What was made of features for the steps of a decoder, and of what else."""
 
     features: weakref.ref
     made_of: tuple
-    keys: torch.Tensor
-    for_plain_queries: bool
+    result: tuple
 
 
-_known_keys: dict[int, _Keys] = {}
+_kept: dict[tuple[int, int], _Kept] = {}
 
 
-def _keys_for_steps(score: AttentionScore, features: torch.Tensor, may_be_plain: bool) -> tuple[torch.Tensor, bool]:
-    """
-    Keys of the features, kept for the next call with the same features and weights, and whether they are those for
-    plain queries, which they may be.
-    """
-    tensors = (features, *score.parameters())
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
-        return score.project_keys(features), False
-    made_of = (id(score), *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
-    place = id(features)
-    known = _known_keys.get(place)
+def may_keep(*tensors: torch.Tensor) -> bool:
+    """Whether what is made of these tensors can be kept: not in graphs, nor where no changes are counted."""
+    in_graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not (in_graph or any(tensor.is_inference() for tensor in tensors))
+
+
+def keep(features: torch.Tensor, parameters: list[torch.Tensor], owner: nn.Module, make: Callable[[], tuple]) -> tuple:
+    """`make()`, a tuple, kept until the features are gone for calls with the same features, parameters and owner."""
+    made_of = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (features, *parameters))
+    place = id(features), id(owner)
+    known = _kept.get(place)
     if known is None or known.features() is not features or known.made_of != made_of:
-        keys = score.keys_for_plain_queries(features) if may_be_plain else None
-        for_plain_queries = keys is not None
-        if keys is None:
-            keys = score.project_keys(features)
-        if keys is features:
-            return keys, False
-        forget = weakref.ref(features, lambda _: _known_keys.pop(place, None))
-        known = _known_keys[place] = _Keys(forget, made_of, keys, for_plain_queries)
-    return known.keys, known.for_plain_queries
+        result = make()
+        if any(part is features for part in result):  # would stay as long as it is kept
+            return result
+        forget = weakref.ref(features, lambda _: _kept.pop(place, None))
+        known = _kept[place] = _Kept(forget, made_of, result)
+    return known.result
 
 
 class Attention(nn.Module):
@@ -594,14 +591,19 @@ class Attention(nn.Module):
                 f"`attention_mask` must have the shape {tuple(features.shape[:2])} of the source, got "
                 f"{tuple(mask.shape)}."
             )
-        heads = self.score.num_heads
-        if again:
-            # What a state adds to the keys belongs to those of projected queries.
-            keys, for_plain_queries = _keys_for_steps(self.score, features, may_be_plain=not self.state_names)
+        heads, parameters = self.score.num_heads, list(self.score.parameters())
+        if again and may_keep(features, *parameters):
+            keys, are_plain = keep(features, parameters, self.score, lambda: self._keys_for_steps(features))
         else:
-            keys, for_plain_queries = self.score.project_keys(features), False
+            keys, are_plain = self.score.project_keys(features), False
         mask = None if mask is None else mask.bool()[:, None, None]
-        return AttentionMemory(split_heads(keys, heads), split_heads(features, heads), mask, for_plain_queries)
+        return AttentionMemory(split_heads(keys, heads), split_heads(features, heads), mask, are_plain)
+
+    def _keys_for_steps(self, features: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """The keys of features, and whether they are those for plain queries."""
+        # What a state adds to the keys belongs to those of projected queries.
+        keys = None if self.state_names else self.score.keys_for_plain_queries(features)
+        return (self.score.project_keys(features), False) if keys is None else (keys, True)
 
     def _scores_with_state(self, queries: torch.Tensor, memory: AttentionMemory, state: State) -> torch.Tensor:
         """The scores with what the state adds to the keys of the memory."""

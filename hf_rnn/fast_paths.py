@@ -26,6 +26,7 @@ FAST_PATHS = {
     "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the layout of oneDNN",
     "shared_sources": "in generation, several beams or samples that attend to one copy of their source",
     "keys_for_plain_queries": "in single steps without gradients, the map of queries applied once, to the keys",
+    "mapped_values": "in single steps without gradients, the map that reads the context applied once, to the values",
     "crf_products": "on a CPU the sums over paths of labels as products of matrices, where no number gets too small",
     "tanh_by_sigmoid": "on CPUs where it is the faster way, tanh of many numbers as 2 sigmoid(2x) - 1",
     "chunked_loss": "the cross-entropy of a vocabulary in pieces, without the logits of a whole batch in memory",

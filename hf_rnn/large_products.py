@@ -107,10 +107,14 @@ def apply_linear(module: nn.Module, inputs: torch.Tensor, step_linear=None) -> t
     return linear(inputs, module.weight, module.bias)
 
 
+def is_just_linear(module: nn.Module) -> bool:
+    """Whether no more than a product happens in a module without a bias: no adapter, no hook; and no graph is made."""
+    is_linear = type(module) is nn.Linear and module.bias is None
+    return is_linear and not torch.compiler.is_compiling() and not is_watched(module)
+
+
 def apply_transposed(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | None:
     """`inputs @ module.weight`, or None where more than a product happens in the module, and in graphs."""
-    if torch.compiler.is_compiling() or not may_take("keys_for_plain_queries"):
-        return None
-    if type(module) is not nn.Linear or module.bias is not None or is_watched(module):
+    if not (is_just_linear(module) and may_take("keys_for_plain_queries")):
         return None
     return large_linear(inputs, module.weight.t())

@@ -20,13 +20,23 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
-from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions, merge_heads, split_heads
+from .attention import (
+    ATTENTION_SCORES,
+    Attention,
+    AttentionMemory,
+    CrossAttentions,
+    keep,
+    may_keep,
+    merge_heads,
+    split_heads,
+)
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
 from .deferred_logits import vocabulary_logits
 from .fast_paths import may_take
 from .generation_masks import GenerationMasks
 from .hyperbolic_tangent import tanh, tanh_
-from .large_products import apply_linear, apply_transposed
+from .large_products import apply_linear, apply_transposed, is_just_linear, large_linear
+from .packed_linear import packed_linear
 from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
 from .recurrent_cache import (
     cache_of,
@@ -50,6 +60,7 @@ from .recurrent_model import (
 from .recurrent_segments import Segments, find_loop_segments, read_steps, show_steps
 from .recurrent_stack import run_layers
 from .seq2seq_losses import coverage_loss, guided_alignment_loss, mean_over_labels, uniform_loss
+from .shared_sources import SharedSources, count_rows_per_source, once_per_source
 
 
 def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int | None, pad_token_id: int | None):
@@ -78,19 +89,6 @@ class CopyableEncoderOutput(BaseModelOutputWithPooling):
     """
 
     source_ids: torch.LongTensor | None = None
-
-
-@dataclass
-class SharedEncoderOutput(BaseModelOutputWithPooling):
-    """
-    What the encoder returned for sources to each of which several rows of the decoder attend.
-
-    Args:
-        rows_per_source (`int`, *optional*): How many rows, one behind the other; beside the fields of
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`].
-    """
-
-    rows_per_source: int | None = None
 
 
 def positions_before_last_label(labels: torch.Tensor) -> torch.Tensor:
@@ -348,7 +346,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             )
         num_layers = len(self.layers) + self.config.attention_has_state
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training, num_layers)
-        memory = self.attention.prepare(encoder_hidden_states, encoder_attention_mask, again=seq_length == 1)
+        memory = self.prepare_memory(encoder_hidden_states, encoder_attention_mask, again=seq_length == 1)
         states = self._initial_states(past_key_values, encoder_final_states, memory, rows_per_source)
         recording = is_recording(target, 0)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
@@ -410,8 +408,45 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             if isinstance(layer, FSDPModule) and "step" not in vars(layer):
                 register_fsdp_forward_method(layer, "step")
 
-    def _attentional_vectors(self, context: torch.Tensor, *features: torch.Tensor, linear: Linear | None = None):
-        combined = apply_linear(self.combine, torch.cat([context, *features], dim=-1), linear)
+    def prepare_memory(self, features: torch.Tensor, mask: torch.Tensor | None, again: bool = False) -> AttentionMemory:
+        """As [`Attention.prepare`]; where the features will be attended to again, all that can be made of them once."""
+        memory = self.attention.prepare(features, mask, again)
+        return self._map_values(memory, features) if again else memory
+
+    def _map_values(self, memory: AttentionMemory, features: torch.Tensor) -> AttentionMemory:
+        """
+        For W [c; s] = W_c c + W_s s in "luong", c = sum_j alpha_j v_j: the memory with W_c v_j in place of v_j, where
+        that can be kept for the steps that follow.
+        """
+        maps = (
+            self.config.decoder_type == "luong"
+            and self.config.num_attention_heads == 1
+            and self.config.hidden_size <= self.config.encoder_output_size
+            and not self.attention.state_names
+            and is_just_linear(self.combine)
+            and may_take("mapped_values")
+            and may_keep(features, self.combine.weight)
+        )
+        if not maps:
+            return memory
+        weight = self.combine.weight
+        (values,) = keep(
+            features, [weight], self.combine, lambda: (large_linear(features, weight[:, : features.shape[-1]]),)
+        )
+        return memory._replace(values=split_heads(values, 1), are_values_mapped=True)
+
+    def _attentional_vectors(
+        self,
+        context: torch.Tensor,
+        *features: torch.Tensor,
+        linear: Linear | None = None,
+        memory: AttentionMemory | None = None,
+    ):
+        if memory is not None and memory.are_values_mapped:
+            first_column = self.config.encoder_output_size
+            combined = context + packed_linear(*features, self.combine.weight, first_column=first_column)
+        else:
+            combined = apply_linear(self.combine, torch.cat([context, *features], dim=-1), linear)
         return self.output_dropout(tanh(combined))
 
     def _run_layers(
@@ -441,7 +476,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         if self.config.decoder_type == "gnmt":
             outputs = self.output_dropout(hidden_states)
         else:
-            outputs = self._attentional_vectors(context, hidden_states)
+            outputs = self._attentional_vectors(context, hidden_states, memory=memory)
         if self.attention.state_names:
             new_states.append(attended[-1] if attended else of_attention)
             histories.append(_stack_steps(attended, of_attention) if recording else None)
@@ -480,7 +515,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 embedding, states, vector, memory, is_token[position], linears, linear
             )
             if feeds:
-                new = self._attentional_vectors(context.squeeze(1), outputs[-1], linear=linear)
+                new = self._attentional_vectors(context.squeeze(1), outputs[-1], linear=linear, memory=memory)
                 vector = _hold(is_token[position], new, vector)
                 vectors.append(vector)
             contexts.append(context)
@@ -689,7 +724,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
                 input_ids, self.config.decoder_start_token_id, self.config.pad_token_id
             )
         decoder_input_ids, decoder_inputs_embeds = self._embed(decoder_input_ids, decoder_inputs_embeds)
-        rows_per_source = getattr(encoder_outputs, "rows_per_source", None) or 1
+        rows_per_source = count_rows_per_source(encoder_outputs)
         if rows_per_source > 1 and attention_mask is not None:
             attention_mask = attention_mask[::rows_per_source]
         decoder_outputs = self.decoder(
@@ -715,7 +750,7 @@ class RNNSeq2SeqModel(RNNSeq2SeqPreTrainedModel):
         )
 
 
-class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedModel, GenerationMixin):
+class RNNSeq2SeqForConditionalGeneration(GenerationMasks, SharedSources, RNNSeq2SeqPreTrainedModel, GenerationMixin):
     r"""
     The encoder-decoder with a projection to the vocabulary: translation, transliteration, correction, summaries.
 
@@ -743,6 +778,7 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         return shift_tokens_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     @can_return_tuple
+    @once_per_source
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -855,24 +891,6 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, RNNSeq2SeqPreTrainedMo
         gates = select_positions(repeat_at_padding(gates, target_mask), logits_to_keep)
         weights = select_positions(repeat_at_padding(weights.mean(1), target_mask), logits_to_keep)
         return mixture_log_probabilities(logits, gates, weights, source_ids, num_ids)
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """As in transformers, but beams or samples attend to one copy of their source, where all of it is shared."""
-        encoder_outputs = model_kwargs.get("encoder_outputs")
-        shares = (
-            expand_size > 1
-            and type(encoder_outputs) is BaseModelOutputWithPooling
-            and not self.config.attention_has_state
-            and may_take("shared_sources")
-        )
-        if shares:
-            model_kwargs["encoder_outputs"] = {}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if shares:
-            model_kwargs["encoder_outputs"] = SharedEncoderOutput(**encoder_outputs, rows_per_source=expand_size)
-        return input_ids, model_kwargs
 
     def compute_transition_scores(self, sequences, scores, *args, **kwargs):
         """As in transformers, which takes the number of scores for `vocab_size`."""

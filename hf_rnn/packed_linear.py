@@ -79,7 +79,7 @@ class _Copy:
         flat = weight.detach().view(-1)
         self.sample = flat[:: max(1, flat.numel() // self.SAMPLES)]
         self.sampled = self.sample.clone()
-        self.packed: torch.Tensor | None = None
+        self.packed: dict[int, torch.Tensor] = {}  # by the first column that is in it
         self.sum: int | None = None
 
     def is_of(self, weight: nn.Parameter) -> bool:
@@ -95,8 +95,8 @@ class _Copy:
             return self.sum == _sum_of_bits(weight)
         return True
 
-    def pack(self, weight: nn.Parameter) -> None:
-        self.packed, self.sum = pack(weight), _sum_of_bits(weight)
+    def pack(self, weight: nn.Parameter, first_column: int) -> None:
+        self.packed[first_column], self.sum = pack(weight[:, first_column:].contiguous()), _sum_of_bits(weight)
 
 
 def _sum_of_bits(weight: torch.Tensor) -> int:
@@ -120,15 +120,19 @@ def forget_copies(module: nn.Module) -> None:
         _copies.pop(id(parameter), None)
 
 
-def packed_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def packed_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, first_column: int = 0
+) -> torch.Tensor:
     """
     `F.linear` for single steps without gradients: with a packed copy of the weight from the second time on, where the
-    product is large enough. The copy is made anew when the weight has changed since.
+    product is large enough. The copy is made anew when the weight has changed since. With `first_column` the inputs
+    belong to the columns of the weight from there on.
     """
+    part = weight[:, first_column:] if first_column else weight
     takes_copy = (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and is_large(inputs, weight)
+        and is_large(inputs, part)
         # Neither what a parametrization computed nor what is sharded or quantised.
         and type(weight) is nn.Parameter
         and weight.is_contiguous()
@@ -137,11 +141,11 @@ def packed_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
         and can_pack(inputs, weight)
     )
     if not takes_copy:
-        return F.linear(inputs, weight, bias)
+        return F.linear(inputs, part, bias)
     copy = _copies.get(id(weight))
     if copy is None or not copy.is_of(weight):
         _copies[id(weight)] = _Copy(weight)
-        return F.linear(inputs, weight, bias)
-    if copy.packed is None:
-        copy.pack(weight)
-    return multiply(inputs, copy.packed, bias)
+        return F.linear(inputs, part, bias)
+    if first_column not in copy.packed:
+        copy.pack(weight, first_column)
+    return multiply(inputs, copy.packed[first_column], bias)

@@ -16,6 +16,7 @@ from hf_rnn import (
     fast_paths,
     large_products,
     loop_only,
+    modeling_rnn_seq2seq,
     packed_linear,
     sequence_functions,
     without_fast_paths,
@@ -24,7 +25,7 @@ from hf_rnn import step_linear as step_linear_module
 from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_kernels import call_torch_kernel, run_loop
 from hf_rnn.step_linear import StepLinear
-from matrix import DECODERS, GENERATIVE, MODEL_CLASSES, cases, make_inputs, make_mask, make_model
+from matrix import DECODERS, GENERATIVE, MODEL_CLASSES, case_id, cases, make_inputs, make_mask, make_model
 from test_laws_paths import check_model, results_of
 
 
@@ -197,6 +198,21 @@ def test_one_number_changed_behind_the_back_is_seen_with_the_next_text(packed):
     weight.data[123, 4] += 1
     packed_linear.begin_text()
     torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
+
+
+def test_copies_of_some_columns(packed):
+    """Beside one of all, and made anew with it."""
+    weight, inputs = make_weight(), torch.randn(2, 7, dtype=torch.float64)
+    for sizes in ([(300, 7), (300, 3)], [(300, 7), (300, 3)]):
+        with torch.no_grad():
+            weight.mul_(2)
+            for _ in range(4):
+                whole = packed_linear.packed_linear(inputs, weight)
+                part = packed_linear.packed_linear(inputs[:, 4:], weight, first_column=4)
+                torch.testing.assert_close(whole, inputs @ weight.t())
+                torch.testing.assert_close(part, inputs[:, 4:] @ weight[:, 4:].t())
+        assert sorted(packed) == sorted(sizes)
+        packed.clear()
 
 
 def test_copies_go_with_their_weights(packed):
@@ -500,7 +516,79 @@ def test_keys_are_projected_once_for_each_source(decoder, monkeypatch):
     assert len(calls) == 5
     del outputs
     gc.collect()
-    assert not attention._known_keys
+    assert not attention._kept
+
+
+@pytest.mark.parametrize("decoder", [{}, {"input_feeding": True}], ids=str)
+def test_values_are_mapped_once_for_each_source(decoder, monkeypatch):
+    """In decoding, where one map without anything around it is all that reads the context."""
+    name = "RNNSeq2SeqForConditionalGeneration"
+    inputs = {"input_ids": make_inputs(name, batch=6, with_labels=False)["input_ids"], "attention_mask": make_mask()}
+    step = {"decoder_input_ids": torch.tensor([[1], [2], [1], [3], [4], [1]]), "attention_mask": make_mask()}
+    seen = []
+    forward = attention.Attention.forward
+
+    def see(self, queries, memory, *state):
+        seen.append(memory.are_values_mapped)
+        return forward(self, queries, memory, *state)
+
+    monkeypatch.setattr(attention.Attention, "forward", see)
+
+    def check(model, is_mapped, outputs=None):
+        with torch.no_grad():
+            outputs = outputs or model.get_encoder()(**inputs)
+            logits = model(encoder_outputs=outputs, **step).logits
+            assert seen.pop() is is_mapped
+            with without_fast_paths("mapped_values"):
+                torch.testing.assert_close(logits, model(encoder_outputs=outputs, **step).logits, rtol=1e-9, atol=1e-10)
+            assert seen.pop() is False
+        return outputs
+
+    model = make_model(name, **decoder)
+    combine = model.model.decoder.combine
+    outputs = check(model, True)
+    products = []
+    large_linear = modeling_rnn_seq2seq.large_linear
+    monkeypatch.setattr(
+        modeling_rnn_seq2seq, "large_linear", lambda *tensors: products.append(1) or large_linear(*tensors)
+    )
+    check(model, True, outputs)
+    assert not products
+    with torch.no_grad():
+        combine.weight.mul_(-0.5)
+    check(model, True, outputs)
+    outputs.last_hidden_state.mul_(2)
+    check(model, True, outputs)
+    assert len(products) == 2
+    handle = combine.register_forward_hook(lambda module, arguments, output: output + 1)
+    check(model, False, outputs)
+    handle.remove()
+    check(model, True, outputs)
+    model(encoder_outputs=outputs, **step).logits.sum().backward()
+    assert seen.pop() is False
+    with torch.no_grad():
+        model(encoder_outputs=outputs, **step | {"decoder_input_ids": torch.ones(6, 2, dtype=torch.long)})
+    assert not any(seen)
+    for options in (
+        {"num_attention_heads": 2},
+        {"use_coverage": True},
+        {"attention_score": "location"},
+        {"encoder_bidirectional": False, "hidden_size": 6},
+    ):
+        check(make_model(name, **decoder, **options), "hidden_size" in options)
+    del outputs
+    gc.collect()
+    assert not attention._kept
+
+
+@pytest.mark.parametrize("other", [{"decoder_type": "bahdanau"}, {"decoder_type": "gnmt"}], ids=case_id)
+def test_values_that_more_than_one_map_reads(other):
+    decoder = make_model("RNNSeq2SeqForConditionalGeneration", **other).model.decoder
+    features = torch.ones(2, 3, 12, dtype=torch.float64)
+    with torch.no_grad():
+        memory = decoder.prepare_memory(features, None, again=True)
+    assert not memory.are_values_mapped
+    assert memory.values.shape == (2, 1, 3, 12)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)

@@ -1,19 +1,25 @@
 """Beams and samples that attend to one copy of their source give what they give with a copy for each."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from hf_rnn import without_fast_paths
 from hf_rnn.attention import ATTENTION_SCORES, Attention
 from hf_rnn.large_products import apply_transposed
+from hf_rnn.shared_sources import SharedEncoderOutput
 from matrix import case_id, cases, make_inputs, make_mask, make_model
 
 
 NAME = "RNNSeq2SeqForConditionalGeneration"
 CASES = pytest.mark.parametrize("options", [options for _, options in cases(NAME)], ids=case_id)
-PATHS = ["shared_sources", "keys_for_plain_queries"]
+PATHS = ["shared_sources", "keys_for_plain_queries", "mapped_values"]
 
 
 def make_sources():
@@ -41,24 +47,24 @@ def assert_same(actual, expected):
             torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-10)
 
 
+BEGUN = {
+    "decoder_input_ids": torch.tensor([[1, 4, 5], [1, 0, 5], [0, 1, 3], [1, 4, 5], [1, 3, 3], [1, 5, 4]]),
+    "decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]]),
+}
+EVERYTHING = {
+    "return_dict_in_generate": True,
+    "output_scores": True,
+    "output_attentions": True,
+    "output_hidden_states": True,
+}
+
+
 @CASES
 @pytest.mark.parametrize("begun", [False, True], ids=["", "begun"])
 def test_beams(sources_seen, options, begun):
     """Every number that `generate` returns, from the first token and from several."""
     model = make_model(NAME, **options)
-    settings = {
-        "num_beams": 3,
-        "max_new_tokens": 5,
-        "return_dict_in_generate": True,
-        "output_scores": True,
-        "output_attentions": True,
-        "output_hidden_states": True,
-    }
-    if begun:
-        settings |= {
-            "decoder_input_ids": torch.tensor([[1, 4, 5], [1, 0, 5], [0, 1, 3], [1, 4, 5], [1, 3, 3], [1, 5, 4]]),
-            "decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]]),
-        }
+    settings = {"num_beams": 3, "max_new_tokens": 5, **EVERYTHING, **(BEGUN if begun else {})}
     actual = model.generate(**make_sources(), **settings)
     assert set(sources_seen) == {(18, 18 if model.config.attention_has_state else 6)}
     sources_seen.clear()
@@ -66,6 +72,78 @@ def test_beams(sources_seen, options, begun):
         expected = model.generate(**make_sources(), **settings)
     assert set(sources_seen) == {(18, 18)}
     assert_same(actual, expected)
+
+
+@CASES
+@pytest.mark.parametrize("begun", [False, True], ids=["", "begun"])
+def test_what_rows_have_in_common_is_computed_once(sources_seen, options, begun):
+    """All that comes before their first own tokens; for the whole model where nothing watches its parts."""
+    settings = {"num_beams": 3, "max_new_tokens": 4, **(BEGUN if begun else {})}
+    model = make_model(NAME, **options)
+    encoder_outputs = copy.deepcopy(model).get_encoder()(**make_sources())  # which leaves no hooks on the model
+    results = []
+    for paths in ([], PATHS):
+        sources_seen.clear()
+        model = copy.deepcopy(model)
+        with without_fast_paths(*paths) if paths else contextlib.nullcontext():
+            outputs = BaseModelOutputWithPooling(**encoder_outputs)
+            mask = make_sources()["attention_mask"]
+            results.append(model.generate(encoder_outputs=outputs, attention_mask=mask, **settings, **EVERYTHING))
+        rows = list(dict.fromkeys(sources_seen))
+        shares = not (paths or model.config.attention_has_state)
+        assert rows == ([(6, 6), (18, 6)] if shares else [(18, 18)])
+    for pair in zip(*(result.decoder_hidden_states for result in results), strict=True):
+        assert [part.shape for part in pair[0]] == [part.shape for part in pair[1]]
+    results = [{**result, "encoder_hidden_states": ()} for result in results]
+    assert_same(*(ModelOutput(**result) for result in results))
+
+
+def test_what_rows_do_not_have_in_common(sources_seen):
+    """Other tokens, masks or gradients, states that are there already, and those who watch: every row by itself."""
+    model = make_model(NAME)
+    states = model.get_encoder()(**make_sources())
+    model = copy.deepcopy(model)
+
+    def rows_seen(tokens, grad=False, begun=False, **arguments):
+        sources_seen.clear()
+        cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        mask = make_mask().repeat_interleave(2, 0)
+        shared = SharedEncoderOutput(**states, rows_per_source=2)
+        inputs = {"encoder_outputs": shared, "attention_mask": mask, "past_key_values": cache, **arguments}
+        expected = {
+            "encoder_outputs": BaseModelOutputWithPooling(
+                **{name: part.repeat_interleave(2, 0) for name, part in states.items()}
+            )
+        }
+        with torch.set_grad_enabled(grad):
+            for _ in range(1 + begun):
+                logits = model(decoder_input_ids=tokens, **inputs).logits
+            seen = sources_seen[-1]
+            if not begun:
+                expected = model(decoder_input_ids=tokens, **(inputs | expected | {"past_key_values": None})).logits
+                torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-10)
+        return seen
+
+    alike = torch.tensor([[1, 2], [3, 4], [1, 2], [3, 4], [1, 2], [3, 4]]).repeat_interleave(2, 0)
+    assert rows_seen(alike) == (6, 6)
+    assert rows_seen(alike, decoder_attention_mask=torch.ones_like(alike)) == (6, 6)
+    other = alike.clone()
+    other[5, 1] = 1
+    assert rows_seen(other) == (12, 6)
+    mask = torch.ones_like(alike)
+    mask[5, 1] = 0
+    assert rows_seen(alike, decoder_attention_mask=mask) == (12, 6)
+    assert rows_seen(alike, grad=True) == (12, 6)
+    assert rows_seen(alike, begun=True) == (12, 6)
+    assert rows_seen(alike, past_key_values=None) == (12, 6)
+    assert rows_seen(alike, past_key_values=StaticCache(config=model.config, max_cache_len=9)) == (12, 6)
+    assert rows_seen(alike, labels=alike) == (12, 6)
+    with pytest.raises(ValueError, match="`rows_per_source` must divide the 11 rows"):
+        rows_seen(alike[:11])
+    handle = model.lm_head.register_forward_hook(lambda *arguments: None)
+    assert rows_seen(alike) == (12, 6)
+    handle.remove()
+    assert rows_seen(alike) == (6, 6)
 
 
 @pytest.mark.parametrize("decoder", [{}, {"input_feeding": True}], ids=["layers", "steps"])

@@ -210,9 +210,9 @@ def _translator(
     base = getattr(model, "model", model)
     encoder, decoder = base.encoder, base.decoder
     attention = decoder.attention
-    prepare = attention.prepare
+    prepare = decoder.prepare_memory
     # The decoder is handed a memory that was prepared by the other graph.
-    attention.prepare = _take_prepared
+    decoder.prepare_memory = _take_prepared
     states = _describe_states(decoder.layers, None, "attentional_vector" if decoder.runs_step_by_step else None)
     layer_sizes = _layer_sizes(states, len(decoder.layers))
     for name in attention.state_names:
