@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .fast_paths import is_watched, may_take, transforms_are_active
 from .large_products import apply_linear, large_linear, weight_gradient
-from .vocabulary_loss import linear_cross_entropy
+from .vocabulary_loss import linear_cross_entropy, pays
 
 
 def vocabulary_logits(projection: nn.Module, hidden_states: torch.Tensor, for_loss: bool) -> torch.Tensor:
@@ -27,7 +27,8 @@ def vocabulary_logits(projection: nn.Module, hidden_states: torch.Tensor, for_lo
 
     Returns:
         The logits `(..., vocab_size)`; a [`DeferredLogits`] if `for_loss`, if there are gradients to compute, and if
-        nothing but a product happens in `projection`: no adapter, no hook, no sharded or quantised weight.
+        nothing but a product happens in `projection`: no adapter, no hook, no sharded or quantised weight. Not where
+        this saves neither time nor memory.
     """
     if for_loss and _may_defer(projection, hidden_states):
         return DeferredLogits.project(hidden_states, projection.weight, projection.bias)
@@ -46,7 +47,10 @@ def _may_defer(projection: nn.Module, hidden_states: torch.Tensor) -> bool:
     tensors = [hidden_states, projection.weight] + ([] if projection.bias is None else [projection.bias])
     if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_inference() for tensor in tensors):
         return False
-    return hidden_states.device.type != "meta" and any(tensor.requires_grad for tensor in tensors)
+    num_rows = hidden_states.numel() // max(1, hidden_states.shape[-1])
+    if hidden_states.device.type == "meta" or not pays(num_rows, projection.weight):
+        return False
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ FAST_PATHS = {
     "large_products": "large products of float32 on a CPU by oneDNN, also in the layout of torch",
     "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the layout of oneDNN",
     "shared_sources": "in generation, several beams or samples that attend to one copy of their source",
+    "repeated_rows": "on a CPU the recurrent products of beams once for all that go on from the same one",
     "keys_for_plain_queries": "in single steps without gradients, the map of queries applied once, to the keys",
     "mapped_values": "in single steps without gradients, the map that reads the context applied once, to the values",
     "crf_products": "on a CPU the sums over paths of labels as products of matrices, where no number gets too small",

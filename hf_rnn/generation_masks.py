@@ -1,10 +1,17 @@
 """What `generate` is to know of masks and positions of a recurrence. Imports nothing of the package."""
 
+import inspect
+
 import torch
 
 
 class GenerationMasks:
     """Masks of a model that generates: a recurrence asks for one number per token that it reads, and no more."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # `generate` asks for it at every step, and what has wrappers around it takes long to look at.
+        cls.forward.__signature__ = inspect.signature(cls.forward)
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):

@@ -1,4 +1,4 @@
-"""Products with a weight in the layout of oneDNN, on CPUs. Imports nothing of the package but the choice of paths.
+"""Products with a weight in the layout of oneDNN, on CPUs. Imports the choice of paths and what is known of rows.
 
 `F.linear` in float32 takes another library on many CPUs, which reaches about half of what oneDNN does, and reads a
 weight in an order that suits it badly for a few rows. Both disappear where the weight was brought into oneDNN's own
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .fast_paths import is_faster, may_take
+from .repeated_rows import different_rows
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -148,4 +149,8 @@ def packed_linear(
         return F.linear(inputs, part, bias)
     if first_column not in copy.packed:
         copy.pack(weight, first_column)
-    return multiply(inputs, copy.packed[first_column], bias)
+    packed = copy.packed[first_column]
+    different = different_rows(inputs)
+    if different is not None:
+        return multiply(different.rows, packed, bias).index_select(0, different.places)
+    return multiply(inputs, packed, bias)

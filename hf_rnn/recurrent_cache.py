@@ -1,4 +1,4 @@
-"""The state of recurrent layers as layers of a transformers `Cache`. Imports nothing of the package.
+"""The state of recurrent layers as layers of a transformers `Cache`. Imports nothing but what is known of its rows.
 
 `DynamicCache(config=...)`, `StaticCache(config=...)` and `generate` build these layers from `config.layer_types`. What
 a layer holds has the same size however long the text: the first state (the hidden state) in `keys` `[batch, size]`, all
@@ -19,6 +19,8 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
+
+from .repeated_rows import select_rows
 
 
 State = tuple[torch.Tensor, ...]
@@ -149,7 +151,13 @@ class RecurrentStateLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
-        self._change_rows(lambda states, dim: states.index_select(dim, beam_idx.to(states.device)))
+
+        def change(states, dim):
+            index = beam_idx.to(states.device)
+            # The hidden state, which is multiplied with a weight in the next step.
+            return select_rows(states, index) if states is self.keys else states.index_select(dim, index)
+
+        self._change_rows(change)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times in a row."""

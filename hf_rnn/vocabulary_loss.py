@@ -17,16 +17,24 @@ MIN_CHUNK_SIZE, MIN_CHUNK_SIZE_ELSEWHERE = 2**22, 2**24
 WORDS_AT_ONCE = 1024
 
 
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """
+    What is chosen by. There rows without a label are left out, which elsewhere would be to wait for the device; there
+    memory that is used again is worth more than few kernels.
+    """
+    return tensor.device.type == "cpu"
+
+
 def chunk_length(num_rows: int, weight: torch.Tensor) -> int:
     """How many rows of logits to compute at a time, such that the chunks of `num_rows` rows are about equal."""
-    smallest = MIN_CHUNK_SIZE if weight.device.type == "cpu" else MIN_CHUNK_SIZE_ELSEWHERE
+    smallest = MIN_CHUNK_SIZE if is_on_cpu(weight) else MIN_CHUNK_SIZE_ELSEWHERE
     longest = max(1, max(weight.numel(), smallest) // weight.shape[0])
     return math.ceil(num_rows / max(1, math.ceil(num_rows / longest)))
 
 
-def looks_at_labels(labels: torch.Tensor) -> bool:
-    """Whether rows without a label are left out; elsewhere than on a CPU finding them would wait for the device."""
-    return labels.device.type == "cpu"
+def pays(num_rows: int, weight: torch.Tensor) -> bool:
+    """Whether to compute the loss of `num_rows` rows here: elsewhere than on a CPU, in more than one chunk only."""
+    return is_on_cpu(weight) or chunk_length(num_rows, weight) < num_rows
 
 
 def linear_cross_entropy(
@@ -62,14 +70,14 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
     is_label = labels != ignore_index
-    if looks_at_labels(labels):
+    if is_on_cpu(labels):
         kept = is_label.nonzero().squeeze(-1)
         if len(kept) < len(labels):
             hidden_states, labels = hidden_states[kept], labels[kept]
         is_label = None
     else:
         labels = labels.where(is_label, 0)
-    if labels.device.type == "cpu" and len(labels) > 0:
+    if is_on_cpu(labels) and len(labels) > 0:
         lowest, highest = (label.item() for label in labels.aminmax())
         if lowest < 0 or highest >= len(weight):
             wrong = lowest if lowest < 0 else highest
@@ -137,19 +145,14 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, nee
         features, row_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
         ignored = None if is_label is None else ~is_label[rows].unsqueeze(-1)
         logits = large_linear(features, narrow_weight, narrow_bias).to(wide)
-        highest = logits.amax(dim=-1, keepdim=True)
-        of_labels = logits.gather(-1, row_labels)
-        probabilities = logits.sub_(highest).exp_()
-        sums = probabilities.sum(dim=-1, keepdim=True)
-        losses = sums.log() + highest - of_labels
+        losses, probabilities = _losses_and_probabilities(logits, row_labels)
         total.add_((losses if ignored is None else losses.masked_fill(ignored, 0)).sum())
         if not any(needs_gradient):
             return
-        of_label = torch.full_like(sums, -1)
+        of_label = torch.full_like(losses, -1)
         if ignored is not None:
-            sums, of_label = sums.masked_fill(ignored, math.inf), of_label.masked_fill(ignored, 0)
-        grad_logits = probabilities.div_(sums)
-        grad_logits.scatter_add_(-1, row_labels, of_label)
+            probabilities, of_label = probabilities.masked_fill_(ignored, 0), of_label.masked_fill(ignored, 0)
+        grad_logits = probabilities.scatter_add_(-1, row_labels, of_label)
         if grad_bias is not None:
             grad_bias.add_(grad_logits.sum(dim=0))
         grad_logits = grad_logits.to(dtype)
@@ -161,6 +164,21 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, nee
     for start in range(0, num_rows, max(1, step)):
         add_rows(slice(start, start + step))
     return total, (grad_hidden, grad_weight, grad_bias)
+
+
+def _losses_and_probabilities(logits, labels):
+    """
+    The losses `[rows, 1]` of labels `[rows, 1]` and the probabilities `[rows, vocab_size]`, which on a CPU take the
+    memory of the logits.
+    """
+    if not is_on_cpu(logits):
+        log_probabilities = torch.log_softmax(logits, dim=-1)
+        return -log_probabilities.gather(-1, labels), log_probabilities.exp_()
+    highest = logits.amax(dim=-1, keepdim=True)
+    of_labels = logits.gather(-1, labels)
+    exponentials = logits.sub_(highest).exp_()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    return sums.log() + highest - of_labels, exponentials.div_(sums)
 
 
 def _add_of_weight(total, grad_logits, features):

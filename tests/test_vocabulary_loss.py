@@ -8,6 +8,7 @@ import copy
 import gc
 import pickle
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from hf_rnn import RNNConfig, RNNForCausalLM, vocabulary_loss, without_fast_paths
+from hf_rnn import RNNConfig, RNNForCausalLM, deferred_logits, vocabulary_loss, without_fast_paths
 from hf_rnn.deferred_logits import DeferredLogits, _Product, vocabulary_logits
-from hf_rnn.vocabulary_loss import chunk_length, linear_cross_entropy
+from hf_rnn.vocabulary_loss import chunk_length, linear_cross_entropy, pays
 from matrix import VOCAB_SIZE, case_id, make_inputs, make_mask, make_model
 
 
@@ -45,10 +46,10 @@ def chunks(request, monkeypatch):
     monkeypatch.setattr(vocabulary_loss, "chunk_length", lambda num_rows, weight: request.param)
 
 
-@pytest.fixture(params=[True, False], ids=["left out", "computed"])
-def looks(request, monkeypatch):
-    """Rows without a label left out, as on a CPU, or computed in vain, as elsewhere."""
-    monkeypatch.setattr(vocabulary_loss, "looks_at_labels", lambda labels: request.param)
+@pytest.fixture(params=[True, False], ids=["cpu", "elsewhere"])
+def place(request, monkeypatch):
+    """As on a CPU, or as elsewhere, where rows without a label are computed in vain."""
+    monkeypatch.setattr(vocabulary_loss, "is_on_cpu", lambda tensor: request.param)
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def with_gradients(function, arguments, **options):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("ignored", [0, 4, ROWS - 1])
-@pytest.mark.usefixtures("chunks", "looks")
+@pytest.mark.usefixtures("chunks", "place")
 def test_equals_plain_cross_entropy(reduction, bias, ignored):
     arguments = make_arguments(bias=bias, ignored=ignored)
     actual = with_gradients(linear_cross_entropy, arguments, reduction=reduction)
@@ -97,14 +98,14 @@ def test_equals_plain_cross_entropy(reduction, bias, ignored):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.usefixtures("chunks", "looks")
+@pytest.mark.usefixtures("chunks", "place")
 def test_passes_gradcheck():
     *tensors, labels = make_arguments()
     assert torch.autograd.gradcheck(lambda *inputs: linear_cross_entropy(*inputs, labels), tensors)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("place")
 def test_nothing_to_predict(reduction):
     """As plain cross-entropy: a mean over nothing is nan, a sum zero, and the gradients are zeros."""
     arguments = make_arguments(ignored=ROWS)
@@ -115,7 +116,7 @@ def test_nothing_to_predict(reduction):
     assert all(not gradient.any() for gradient in gradients)
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("place")
 def test_other_index_to_ignore():
     *tensors, labels = make_arguments(ignored=0)
     ignored = int(labels[0])
@@ -125,7 +126,7 @@ def test_other_index_to_ignore():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("chunks", "looks")
+@pytest.mark.usefixtures("chunks", "place")
 def test_as_exact_as_plain_cross_entropy(dtype):
     """Against float64 on the same numbers: not twice as far off as the stock loss, which is in float32 at least."""
     arguments = make_arguments(dtype)
@@ -228,6 +229,27 @@ def test_lengths_of_chunks(device, smallest):
 
 
 # In the models.
+
+
+@pytest.fixture(autouse=True)
+def in_chunks_anywhere(monkeypatch):
+    """Tiny models are to be tested elsewhere than on a CPU, too."""
+    monkeypatch.setattr(deferred_logits, "pays", lambda num_rows, weight: True)
+
+
+def test_where_it_does_not_pay(monkeypatch):
+    """Elsewhere than on a CPU what fits into one chunk goes through the functions of torch."""
+    for device, rows, expected in [("cpu", 1, True), ("cpu", 99, True), ("meta", 99, True), ("meta", 3, False)]:
+        monkeypatch.setattr(vocabulary_loss, "MIN_CHUNK_SIZE_ELSEWHERE", 98 * 7)
+        assert pays(rows, torch.empty(7, 5, device=device)) is expected
+    model, inputs = make_training("RNNForCausalLM")
+    for answer, kind in ((True, DeferredLogits), (False, torch.Tensor)):
+        asked = Mock(return_value=answer)
+        monkeypatch.setattr(deferred_logits, "pays", asked)
+        outputs = model(**inputs)
+        assert type(outputs.logits) is kind
+        outputs.loss.backward()
+        asked.assert_called_once_with(outputs.logits[..., 0].numel(), model.lm_head.weight)
 
 
 def make_training(name, dtype=torch.float64, ignored=True, **options):
