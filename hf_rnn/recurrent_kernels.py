@@ -126,7 +126,7 @@ def call_torch_kernel(
         outputs, final = _call_function(name, by_time, state, weights)
         return outputs.transpose(0, 1) if batch_first else outputs, final
     num_states = len(cells[0].state_names)
-    initial = tuple(torch.stack(state[index::num_states]) for index in range(num_states))
+    initial = tuple(_stack(state[index::num_states]) for index in range(num_states))
     kernel = getattr(torch._VF, name)
     # cuDNN has no backward for a forward that ran as inference, whatever the mode of the model.
     keeps_graph = torch.is_grad_enabled()
@@ -142,6 +142,11 @@ def call_torch_kernel(
         batch_first,
     )
     return outputs, tuple(final[index][number] for number in range(len(cells)) for index in range(num_states))
+
+
+def _stack(parts: State) -> torch.Tensor:
+    """`torch.stack(parts)`, without a copy of a single one."""
+    return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0).contiguous()
 
 
 def _call_function(
@@ -375,8 +380,15 @@ def takes_torch_kernel(cell: RecurrentCell, inputs: torch.Tensor, kept: Sequence
         return False
     if needs_history and len(cell.state_names) > 1:
         return False
+    # Under autocast torch takes oneDNN for an LSTM, which has none in float16 on most CPUs.
+    if cell.torch_kernel == "lstm" and inputs.device.type == "cpu" and _is_autocast_to_float16():
+        return False
     # For a single step the kernel would spend its time on setting itself up.
     return inputs.shape[0] > 0 and inputs.shape[1] > 1
+
+
+def _is_autocast_to_float16() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16
 
 
 def _directions(cells: Sequence[RecurrentCell], state: State):

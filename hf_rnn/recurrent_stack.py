@@ -61,6 +61,10 @@ def _takes_one_call(layers, inputs, padding, needs_state, needs_history, needs_g
         return False
     if not all(type(layer) is RecurrentLayer and _does_nothing_else(layer) for layer in layers):
         return False
+    # Its fastest algorithms in float16, which keep the weights of a step on the chip, take one layer at a time.
+    narrow = torch.get_autocast_dtype(DEVICE_TYPE) if torch.is_autocast_enabled(DEVICE_TYPE) else inputs.dtype
+    if narrow == torch.float16:
+        return False
     if padding is not None and layers[0].cell_reverse is not None:  # each direction reads it in an order of its own
         return False
     first, *others = cells = [cell for layer in layers for cell in layer.cells]

@@ -363,6 +363,31 @@ def test_checkpointed_pieces_of_time(name, use_reentrant, monkeypatch):
 # Losses.
 
 
+@CELLS
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_autocast(name, cell_type):
+    """In both narrow types: kernels of torch that have no such type are not taken."""
+    model, inputs = make_model(name, torch.float32, cell_type=cell_type).train(), make_inputs(name)
+
+    def step():
+        model.zero_grad()
+        outputs = model(**inputs)
+        if outputs.get("loss") is None:
+            outputs.last_hidden_state = outputs.last_hidden_state.float()  # for the same projection
+        loss = objective(outputs)
+        loss.backward()
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        return loss.detach().float(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    expected_loss, expected = step()
+    for dtype, tolerance in ((torch.float16, 0.02), (torch.bfloat16, 0.1)):
+        with torch.autocast(expected.device.type, dtype):
+            loss, gradients = step()
+        torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=tolerance)
+        assert F.cosine_similarity(gradients, expected, dim=0) > 1 - tolerance
+
+
 def test_problem_types():
     """Regression, one class and several labels, told by the configuration or by the labels."""
     name, inputs = "RNNForSequenceClassification", {"input_ids": make_tokens(5, 7)}

@@ -210,6 +210,18 @@ def test_states_that_a_cell_begins_with(calls, monkeypatch):
         assert_same(actual, results_of(model))
 
 
+def test_half_precision(calls):
+    """For which cuDNN has kernels of one layer."""
+    model, tokens = make_model(torch.float32), make_tokens(2, 3).to(DEVICE) % 9
+    with torch.autocast(DEVICE, torch.float16):
+        model(input_ids=tokens)
+    assert not calls
+    model.half()(input_ids=tokens)
+    assert not calls
+    model.bfloat16()(input_ids=tokens)
+    assert calls == [LAYERS]
+
+
 def test_autocast(calls):
     model = make_model(torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
