@@ -48,9 +48,17 @@ def _may_defer(projection: nn.Module, hidden_states: torch.Tensor) -> bool:
     if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_inference() for tensor in tensors):
         return False
     num_rows = hidden_states.numel() // max(1, hidden_states.shape[-1])
-    if hidden_states.device.type == "meta" or not pays(num_rows, projection.weight):
+    if hidden_states.device.type == "meta" or not pays(num_rows, projection.weight, _product_dtype(hidden_states)):
         return False
     return any(tensor.requires_grad for tensor in tensors)
+
+
+def _product_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    """The type that autocast would choose for a product."""
+    dtype, device_type = hidden_states.dtype, hidden_states.device.type
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -179,9 +187,7 @@ class DeferredLogits(torch.Tensor):
     @classmethod
     def project(cls, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> "DeferredLogits":
         """The logits `linear(hidden_states, weight, bias)`, in the type that autocast would choose."""
-        dtype, device_type = hidden_states.dtype, hidden_states.device.type
-        if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device_type)
+        dtype = _product_dtype(hidden_states)
         product = _Product((hidden_states, weight, bias), dtype, dtype)
         return cls._make(product, (*hidden_states.shape[:-1], len(weight)))
 

@@ -32,9 +32,13 @@ def chunk_length(num_rows: int, weight: torch.Tensor) -> int:
     return math.ceil(num_rows / max(1, math.ceil(num_rows / longest)))
 
 
-def pays(num_rows: int, weight: torch.Tensor) -> bool:
-    """Whether to compute the loss of `num_rows` rows here: elsewhere than on a CPU, in more than one chunk only."""
-    return is_on_cpu(weight) or chunk_length(num_rows, weight) < num_rows
+def pays(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """
+    Whether to compute the loss of `num_rows` rows, with products in `dtype`, here: elsewhere than on a CPU not where
+    it takes one chunk and the functions of torch have no copies in other types to make.
+    """
+    is_narrow = dtype.itemsize < 4
+    return is_on_cpu(weight) or is_narrow or chunk_length(num_rows, weight) < num_rows
 
 
 def linear_cross_entropy(

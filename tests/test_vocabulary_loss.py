@@ -234,14 +234,16 @@ def test_lengths_of_chunks(device, smallest):
 @pytest.fixture(autouse=True)
 def in_chunks_anywhere(monkeypatch):
     """Tiny models are to be tested elsewhere than on a CPU, too."""
-    monkeypatch.setattr(deferred_logits, "pays", lambda num_rows, weight: True)
+    monkeypatch.setattr(deferred_logits, "pays", lambda num_rows, weight, dtype: True)
 
 
 def test_where_it_does_not_pay(monkeypatch):
-    """Elsewhere than on a CPU what fits into one chunk goes through the functions of torch."""
+    """Elsewhere than on a CPU what fits into one chunk goes through the functions of torch, in wide types."""
+    monkeypatch.setattr(vocabulary_loss, "MIN_CHUNK_SIZE_ELSEWHERE", 98 * 7)
     for device, rows, expected in [("cpu", 1, True), ("cpu", 99, True), ("meta", 99, True), ("meta", 3, False)]:
-        monkeypatch.setattr(vocabulary_loss, "MIN_CHUNK_SIZE_ELSEWHERE", 98 * 7)
-        assert pays(rows, torch.empty(7, 5, device=device)) is expected
+        weight = torch.empty(7, 5, device=device)
+        assert pays(rows, weight, torch.float32) is pays(rows, weight, torch.float64) is expected
+        assert pays(rows, weight, torch.bfloat16)
     model, inputs = make_training("RNNForCausalLM")
     for answer, kind in ((True, DeferredLogits), (False, torch.Tensor)):
         asked = Mock(return_value=answer)
@@ -249,7 +251,7 @@ def test_where_it_does_not_pay(monkeypatch):
         outputs = model(**inputs)
         assert type(outputs.logits) is kind
         outputs.loss.backward()
-        asked.assert_called_once_with(outputs.logits[..., 0].numel(), model.lm_head.weight)
+        asked.assert_called_once_with(outputs.logits[..., 0].numel(), model.lm_head.weight, model.dtype)
 
 
 def make_training(name, dtype=torch.float64, ignored=True, **options):
