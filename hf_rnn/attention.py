@@ -3,7 +3,6 @@
 A new score is a subclass of [`AttentionScore`] and one line in `ATTENTION_SCORES`.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -295,14 +294,17 @@ class _AdditiveComparison(torch.autograd.Function):
     """A few queries at a time, whose tanh is computed anew in the backward."""
 
     @staticmethod
-    def forward(ctx, queries, keys, vector, step, tanh_):
-        ctx.save_for_backward(queries, keys, vector)
-        ctx.step, ctx.tanh_ = step, tanh_
+    def forward(queries, keys, vector, step, tanh_):
         # Written to where they belong: small tensors kept between large ones would keep these from being used again.
         scores = queries.new_empty(*queries.shape[:3], keys.shape[2])
         for part, part_scores in zip(queries.split(step, dim=2), scores.split(step, dim=2)):
             part_scores.copy_(_compare(part, keys, vector, tanh_))
         return scores
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.step, ctx.tanh_ = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -479,37 +481,6 @@ class CoverageFeatures(nn.Module):
         return torch.addcmul(keys, coverage.to(keys.dtype).unsqueeze(-1), weight)
 
 
-class _Kept(NamedTuple):
-    """What was made of features for the steps of a decoder, and of what else."""
-
-    features: weakref.ref
-    made_of: tuple
-    result: tuple
-
-
-_kept: dict[tuple[int, int], _Kept] = {}
-
-
-def may_keep(*tensors: torch.Tensor) -> bool:
-    """Whether what is made of these tensors can be kept: not in graphs, nor where no changes are counted."""
-    in_graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not (in_graph or any(tensor.is_inference() for tensor in tensors))
-
-
-def keep(features: torch.Tensor, parameters: list[torch.Tensor], owner: nn.Module, make: Callable[[], tuple]) -> tuple:
-    """`make()`, a tuple, kept until the features are gone for calls with the same features, parameters and owner."""
-    made_of = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (features, *parameters))
-    place = id(features), id(owner)
-    known = _kept.get(place)
-    if known is None or known.features() is not features or known.made_of != made_of:
-        result = make()
-        if any(part is features for part in result):  # would stay as long as it is kept
-            return result
-        forget = weakref.ref(features, lambda _: _kept.pop(place, None))
-        known = _kept[place] = _Kept(forget, made_of, result)
-    return known.result
-
-
 class Attention(nn.Module):
     r"""
     Attention of a sequence of queries to a memory:
@@ -575,13 +546,27 @@ class Attention(nn.Module):
             new_state.append(new if is_token is None else torch.where(is_token.unsqueeze(-1), new, old))
         return tuple(new_state)
 
-    def prepare(self, features: torch.Tensor, mask: torch.Tensor | None, again: bool = False) -> AttentionMemory:
+    def keys_for_steps(self, features: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """
+        The keys of features `[batch, source, key_size]` that will be attended to at many calls, and whether they are
+        those for plain queries; for [`~Attention.prepare`].
+        """
+        # What a state adds to the keys belongs to those of projected queries.
+        keys = None if self.state_names else self.score.keys_for_plain_queries(features)
+        return (self.score.project_keys(features), False) if keys is None else (keys, True)
+
+    def prepare(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor | None,
+        keys: torch.Tensor | None = None,
+        for_plain_queries: bool = False,
+    ) -> AttentionMemory:
         """
         Args:
             features (`torch.Tensor` of shape `(batch, source, key_size)`): What to attend to.
             mask (`torch.Tensor` of shape `(batch, source)`, *optional*): Non-zero where there is a token.
-            again (`bool`): Whether the same features will be attended to at further calls, as in decoding. Their
-                projected keys are then kept until the features are gone.
+            keys, for_plain_queries: What [`~Attention.keys_for_steps`] returned for the features, if it was asked.
 
         Raises:
             `ValueError`: The mask has another shape.
@@ -591,19 +576,10 @@ class Attention(nn.Module):
                 f"`attention_mask` must have the shape {tuple(features.shape[:2])} of the source, got "
                 f"{tuple(mask.shape)}."
             )
-        heads, parameters = self.score.num_heads, list(self.score.parameters())
-        if again and may_keep(features, *parameters):
-            keys, are_plain = keep(features, parameters, self.score, lambda: self._keys_for_steps(features))
-        else:
-            keys, are_plain = self.score.project_keys(features), False
+        keys = self.score.project_keys(features) if keys is None else keys
         mask = None if mask is None else mask.bool()[:, None, None]
-        return AttentionMemory(split_heads(keys, heads), split_heads(features, heads), mask, are_plain)
-
-    def _keys_for_steps(self, features: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """The keys of features, and whether they are those for plain queries."""
-        # What a state adds to the keys belongs to those of projected queries.
-        keys = None if self.state_names else self.score.keys_for_plain_queries(features)
-        return (self.score.project_keys(features), False) if keys is None else (keys, True)
+        heads = self.score.num_heads
+        return AttentionMemory(split_heads(keys, heads), split_heads(features, heads), mask, for_plain_queries)
 
     def _scores_with_state(self, queries: torch.Tensor, memory: AttentionMemory, state: State) -> torch.Tensor:
         """The scores with what the state adds to the keys of the memory."""

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 FAST_PATHS = {
@@ -26,6 +27,7 @@ FAST_PATHS = {
     "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the layout of oneDNN",
     "shared_sources": "in generation, several beams or samples that attend to one copy of their source",
     "repeated_rows": "on a CPU the recurrent products of beams once for all that go on from the same one",
+    "kept_for_texts": "in decoding, keys and values of a source made once for all steps of a text",
     "keys_for_plain_queries": "in single steps without gradients, the map of queries applied once, to the keys",
     "mapped_values": "in single steps without gradients, the map that reads the context applied once, to the values",
     "crf_products": "on a CPU the sums over paths of labels as products of matrices, where no number gets too small",
@@ -111,6 +113,14 @@ def is_watched(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
+_functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def derivatives_go_forward() -> bool:
+    """Whether what is computed may carry derivatives with it (forward-mode differentiation)."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def transforms_are_active() -> bool:
-    """Whether a transformation of `torch.func` wraps what is computed."""
-    return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
+    """Whether a transformation of `torch.func` wraps what is computed, or derivatives go forward with it."""
+    return _functorch_is_active() or derivatives_go_forward()

@@ -109,7 +109,7 @@ def apply_linear(module: nn.Module, inputs: torch.Tensor, step_linear=None) -> t
 
 def is_just_linear(module: nn.Module) -> bool:
     """Whether no more than a product happens in a module without a bias: no adapter, no hook; and no graph is made."""
-    is_linear = type(module) is nn.Linear and module.bias is None
+    is_linear = type(module) is nn.Linear and module.bias is None and type(module.weight) is nn.Parameter
     return is_linear and not torch.compiler.is_compiling() and not is_watched(module)
 
 

@@ -25,8 +25,6 @@ from .attention import (
     Attention,
     AttentionMemory,
     CrossAttentions,
-    keep,
-    may_keep,
     merge_heads,
     split_heads,
 )
@@ -35,6 +33,7 @@ from .deferred_logits import vocabulary_logits
 from .fast_paths import may_take
 from .generation_masks import GenerationMasks
 from .hyperbolic_tangent import tanh, tanh_
+from .kept_for_texts import keep, may_keep
 from .large_products import apply_linear, apply_transposed, is_just_linear, large_linear
 from .packed_linear import packed_linear
 from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
@@ -346,7 +345,9 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             )
         num_layers = len(self.layers) + self.config.attention_has_state
         target = cache_to_fill(self.config, past_key_values, use_cache, self.training, num_layers)
-        memory = self.prepare_memory(encoder_hidden_states, encoder_attention_mask, again=seq_length == 1)
+        # Of texts that are read step by step.
+        text = target if seq_length == 1 else None
+        memory = self.prepare_memory(encoder_hidden_states, encoder_attention_mask, text)
         states = self._initial_states(past_key_values, encoder_final_states, memory, rows_per_source)
         recording = is_recording(target, 0)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
@@ -408,30 +409,38 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             if isinstance(layer, FSDPModule) and "step" not in vars(layer):
                 register_fsdp_forward_method(layer, "step")
 
-    def prepare_memory(self, features: torch.Tensor, mask: torch.Tensor | None, again: bool = False) -> AttentionMemory:
-        """As [`Attention.prepare`]; where the features will be attended to again, all that can be made of them once."""
-        memory = self.attention.prepare(features, mask, again)
-        return self._map_values(memory, features) if again else memory
+    def prepare_memory(
+        self, features: torch.Tensor, mask: torch.Tensor | None, text: Cache | None = None
+    ) -> AttentionMemory:
+        """
+        What to attend to.
 
-    def _map_values(self, memory: AttentionMemory, features: torch.Tensor) -> AttentionMemory:
+        Args:
+            features (`torch.Tensor` of shape `(batch, source, encoder_output_size)`): What the encoder returned.
+            mask (`torch.Tensor` of shape `(batch, source)`, *optional*): Non-zero where there is a token.
+            text (`Cache`, *optional*): The cache of texts of which more steps will follow, for which what all of them
+                need is kept.
         """
-        For W [c; s] = W_c c + W_s s in "luong", c = sum_j alpha_j v_j: the memory with W_c v_j in place of v_j, where
-        that can be kept for the steps that follow.
-        """
-        maps = (
+        attention, parameters = self.attention, list(self.attention.score.parameters())
+        if text is None or not may_keep(features, *parameters):
+            return attention.prepare(features, mask)
+        kept = keep(text, "keys", features, parameters, lambda: attention.keys_for_steps(features))
+        memory = attention.prepare(features, mask, *kept)
+        # For W [c; s] = W_c c + W_s s in "luong", c = sum_j alpha_j v_j: W_c v_j in place of v_j.
+        maps_values = (
             self.config.decoder_type == "luong"
             and self.config.num_attention_heads == 1
             and self.config.hidden_size <= self.config.encoder_output_size
-            and not self.attention.state_names
+            and not attention.state_names
             and is_just_linear(self.combine)
             and may_take("mapped_values")
             and may_keep(features, self.combine.weight)
         )
-        if not maps:
+        if not maps_values:
             return memory
         weight = self.combine.weight
         (values,) = keep(
-            features, [weight], self.combine, lambda: (large_linear(features, weight[:, : features.shape[-1]]),)
+            text, "values", features, [weight], lambda: (large_linear(features, weight[:, : features.shape[-1]]),)
         )
         return memory._replace(values=split_heads(values, 1), are_values_mapped=True)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import is_faster, may_take
+from .fast_paths import is_faster, may_take, transforms_are_active
 from .repeated_rows import different_rows
 
 
@@ -23,6 +23,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def multiply(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` with the weight that was packed, without a gradient."""
+    # It reads a bias as if there were no gaps in it.
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
 
 
@@ -81,7 +83,7 @@ class _Copy:
         self.sample = flat[:: max(1, flat.numel() // self.SAMPLES)]
         self.sampled = self.sample.clone()
         self.packed: dict[int, torch.Tensor] = {}  # by the first column that is in it
-        self.sum: int | None = None
+        self.sums: tuple[torch.Tensor, int] | None = None
 
     def is_of(self, weight: nn.Parameter) -> bool:
         """Whether the weight is still what it was."""
@@ -92,17 +94,33 @@ class _Copy:
         if not torch.equal(self.sample, self.sampled):
             return False
         if self.text != _text:
+            if self.sums is None:
+                return False
+            (product, bits), (product_now, bits_now) = self.sums, _sums(weight)
+            if bits != bits_now or not torch.equal(product, product_now):
+                return False
             self.text = _text
-            return self.sum == _sum_of_bits(weight)
         return True
 
     def pack(self, weight: nn.Parameter, first_column: int) -> None:
-        self.packed[first_column], self.sum = pack(weight[:, first_column:].contiguous()), _sum_of_bits(weight)
+        if self.sums is None:
+            self.sums = _sums(weight)
+        self.packed[first_column] = pack(weight[:, first_column:].contiguous())
 
 
-def _sum_of_bits(weight: torch.Tensor) -> int:
+@functools.cache
+def _factors(size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """
+    What tells whether a weight is still what it was: a product with a vector, in which every row that has changed
+    shows, and the sum of its bits, in which small changes show that are lost there.
+    """
+    weight = weight.detach()
     bits = torch.int32 if weight.element_size() == 4 else torch.int16
-    return int(weight.detach().view(bits).sum(dtype=torch.int32))
+    return weight @ _factors(weight.shape[1], weight.dtype), int(weight.view(bits).sum(dtype=torch.int32))
 
 
 _copies: dict[int, _Copy] = {}
@@ -134,6 +152,8 @@ def packed_linear(
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and is_large(inputs, part)
+        and not torch.jit.is_tracing()
+        and not transforms_are_active()
         # Neither what a parametrization computed nor what is sharded or quantised.
         and type(weight) is nn.Parameter
         and weight.is_contiguous()

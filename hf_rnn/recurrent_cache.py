@@ -1,4 +1,4 @@
-"""The state of recurrent layers as layers of a transformers `Cache`. Imports nothing but what is known of its rows.
+"""The state of recurrent layers as layers of a transformers `Cache`. Imports nothing of the package.
 
 `DynamicCache(config=...)`, `StaticCache(config=...)` and `generate` build these layers from `config.layer_types`. What
 a layer holds has the same size however long the text: the first state (the hidden state) in `keys` `[batch, size]`, all
@@ -20,8 +20,6 @@ from transformers.cache_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from .repeated_rows import select_rows
-
 
 State = tuple[torch.Tensor, ...]
 
@@ -37,6 +35,9 @@ class RecurrentStateLayer(CacheLayerMixin):
     _layer_type = "recurrent_state"
     # Known by this and not by the class, of which each checkpoint that brings its own code has another.
     holds_recurrent_state = True
+    writes_in_place = False
+    # What chooses rows of a hidden state `[batch, size]`; whoever can make use of it that some are the same sets it.
+    select_rows = staticmethod(lambda states, index: states.index_select(0, index))
     is_compileable = True
     is_croppable = True
     is_sliding = False
@@ -154,8 +155,8 @@ class RecurrentStateLayer(CacheLayerMixin):
 
         def change(states, dim):
             index = beam_idx.to(states.device)
-            # The hidden state, which is multiplied with a weight in the next step.
-            return select_rows(states, index) if states is self.keys else states.index_select(dim, index)
+            # The hidden state is multiplied with a weight in the next step.
+            return self.select_rows(states, index) if states is self.keys else states.index_select(dim, index)
 
         self._change_rows(change)
 
@@ -175,6 +176,7 @@ class RecurrentStateStaticLayer(RecurrentStateLayer):
 
     # Its place is in the table of static layers, filled below.
     _layer_type = None
+    writes_in_place = True
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         super().__init__()
@@ -356,8 +358,11 @@ def read_state(
             f"`past_key_values` must hold states of {wanted[0]} rows and {wanted[1]} features in layer {layer_idx}, "
             f"got {found[0]} rows and {found[1]} features."
         )
+    keys, values = layer.keys, layer.values
+    if layer.writes_in_place and torch.is_grad_enabled():  # a backward would find what was written since
+        keys, values = keys.clone(), values.clone()
     # Where there is one state beside the first, the two need no time to be taken apart and put together.
-    return (layer.keys, layer.values) if len(sizes) == 2 else (layer.keys, *layer.values.split(sizes[1:], dim=-1))
+    return (keys, values) if len(sizes) == 2 else (keys, *values.split(sizes[1:], dim=-1))
 
 
 def _pack(state: State) -> tuple[torch.Tensor, torch.Tensor]:

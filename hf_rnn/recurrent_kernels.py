@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from .fast_paths import may_take, transforms_are_active
+from .fast_paths import derivatives_go_forward, may_take, transforms_are_active
 from .hyperbolic_tangent import tanh
 from .large_products import large_linear
 from .linear_calls import project_inputs
@@ -158,7 +158,8 @@ def _call_function(
         reverse = direction == 1
         hiddens = run_function(name, inputs, hidden, *weights[4 * direction : 4 * direction + 4], reverse)
         outputs.append(hiddens)
-        final.append(hiddens[0 if reverse else -1])
+        # Not a view, which would keep the outputs of all steps, and change with them.
+        final.append(hiddens[0 if reverse else -1].clone())
     return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0], tuple(final)
 
 
@@ -382,6 +383,8 @@ def takes_torch_kernel(cell: RecurrentCell, inputs: torch.Tensor, kept: Sequence
         return False
     # Under autocast torch takes oneDNN for an LSTM, which has none in float16 on most CPUs.
     if cell.torch_kernel == "lstm" and inputs.device.type == "cpu" and _is_autocast_to_float16():
+        return False
+    if derivatives_go_forward():  # of which kernels know nothing
         return False
     # For a single step the kernel would spend its time on setting itself up.
     return inputs.shape[0] > 0 and inputs.shape[1] > 1

@@ -116,18 +116,17 @@ class RecurrentLayer(GradientCheckpointingLayer):
         """
         drops = self.training and self.input_dropout > 0
         inputs = F.dropout(hidden_states, self.input_dropout) if drops else hidden_states
+        if (state is None or inputs.shape[1] > 1) and not torch.compiler.is_compiling():
+            begin_text()
         if state is None:
             state = self.initial_state(inputs)
         kept = []
         if self.training:
             kept = [units for units in (self.kept_units(inputs) for _ in self.cells) if units is not None]
         run = run_sequence
-        if inputs.shape[1] > 1:
-            if not torch.compiler.is_compiling():
-                begin_text()
-            elif not needs_history:
-                # A single step goes into a graph as it is; so do the states passed through, which nobody compiles.
-                run = run_sequence_opaquely
+        if inputs.shape[1] > 1 and torch.compiler.is_compiling() and not needs_history:
+            # A single step goes into a graph as it is; so do the states passed through, which nobody compiles.
+            run = run_sequence_opaquely
         if needs_gates:
             run = run_with_gates
         elif run is run_sequence and not needs_history and self._takes_pieces(inputs, padding):

@@ -17,9 +17,15 @@ from .attention import AttentionScore, CoverageFeatures
 from .checkpoint_files import CheckpointFiles
 from .crf import LinearChainCRF
 from .packed_linear import forget_copies
+from .recurrent_cache import RecurrentStateLayer
 from .recurrent_cells import RecurrentCell
 from .recurrent_layer import HiddenStates
+from .repeated_rows import select_rows
 from .word_encoder import WordTable
+
+
+# Caches know of no fast path by themselves.
+RecurrentStateLayer.select_rows = staticmethod(select_rows)
 
 
 def checkpoint_nested(checkpoint_function: Callable) -> Callable:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .fast_paths import may_take
+from .fast_paths import may_take, transforms_are_active
 from .recurrent_padding import Padding
 
 
@@ -177,7 +177,9 @@ def choose_cuts(lengths: list[int], call_cost: float, sorting_cost: float = 0) -
 
 def _segments(padding: Padding, call_cost: float, sorting_cost: float) -> Segments | None:
     """The cheapest pieces at these costs, or None where it is the whole. `padding` keeps them."""
-    if padding.mask.device.type != "cpu" or torch.compiler.is_compiling() or not may_take("segments"):
+    if padding.mask.device.type != "cpu" or torch.compiler.is_compiling() or transforms_are_active():
+        return None
+    if not may_take("segments"):
         return None
     costs = call_cost, sorting_cost
     if costs not in padding.segments:

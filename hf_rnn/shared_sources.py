@@ -8,6 +8,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -67,12 +68,11 @@ def once_per_source(forward):
     @functools.wraps(forward)
     def wrapped(self, *args, **kwargs):
         rows = count_rows_per_source(kwargs.get("encoder_outputs"))
-        if rows == 1 or args or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if rows == 1 or args or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         given = {name: value for name, value in kwargs.items() if value is not None}
         cache = next((given[name] for name in ("cache", "past_key_values") if name in given), None)
-        # Those who watch would see some rows at first, and then more.
-        if not (_is_empty(cache) and _rows_are_alike(given, rows)) or any(map(is_watched, self.modules())):
+        if not (_is_empty(cache) and _rows_are_alike(given, rows) and all(map(_is_the_same_for_all, self.modules()))):
             return forward(self, *args, **kwargs)
         given |= {name: given[name][::rows] for name in _OF_ROWS if name in given}
         given["encoder_outputs"] = BaseModelOutputWithPooling(
@@ -86,6 +86,11 @@ def once_per_source(forward):
         return outputs
 
     return wrapped
+
+
+def _is_the_same_for_all(module: nn.Module) -> bool:
+    """Whether rows that are the same stay so: nothing is dropped, and nobody watches how many there are."""
+    return not (module.training or is_watched(module))
 
 
 def _is_empty(cache: Cache | None) -> bool:

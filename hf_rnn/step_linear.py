@@ -6,16 +6,24 @@ that one product makes the gradient after the last step. The loop itself stays a
 """
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import may_take
+from .fast_paths import may_take, transforms_are_active
 from .large_products import weight_gradient
 from .packed_linear import can_pack, multiply, pack
 from .recurrent_cells import Linear
 
 
+# Which backward is running. It has no public door; where it is missing, the loops are left to autograd.
+_current_backward = getattr(torch._C, "_current_graph_task_id", None)
+
+
 class _Weights:
-    """A weight and a bias, packed for both directions where that serves, and the factors of their gradients so far."""
+    """
+    A weight and a bias, packed for both directions where that serves, and the factors of their gradients that a
+    backward has met so far.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         self.packs = weight.device.type == "cpu"
@@ -23,8 +31,16 @@ class _Weights:
         self.packed = pack(self.source) if self.packs else self.source
         self.bias = None if bias is None else bias.detach().to(dtype)
         self._transposed: torch.Tensor | None = None
+        self.backward: int | None = None
         self.inputs: list[torch.Tensor] = []
         self.gradients: list[torch.Tensor] = []
+
+    def collect(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Keeps the factors of one step; those of another backward, which did not ask for the weight, are dropped."""
+        if self.backward != _current_backward():
+            self.backward, self.inputs, self.gradients = _current_backward(), [], []
+        self.inputs.append(inputs)
+        self.gradients.append(gradient)
 
     @property
     def transposed(self) -> torch.Tensor:
@@ -72,8 +88,7 @@ class _Step(torch.autograd.Function):
         (inputs,) = ctx.saved_tensors
         gradient = gradient.contiguous()
         if ctx.needs_input_grad[1]:
-            ctx.weights.inputs.append(inputs)
-            ctx.weights.gradients.append(gradient)
+            ctx.weights.collect(inputs, gradient)
         # Nothing flows to what stands before all steps; it is called in any case, when all of them are done.
         return ctx.weights.multiply_transposed(gradient) if ctx.needs_input_grad[0] else None, None, None
 
@@ -85,18 +100,20 @@ class StepLinear:
     """
 
     def __init__(self):
-        self._known: dict[int, tuple[_Weights, torch.Tensor]] = {}
+        # With the weight, so that no other can get its number.
+        self._known: dict[int, tuple[torch.Tensor, _Weights, torch.Tensor]] = {}
 
     def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        # A weight with a history (of a parametrization) is another one at each step.
         device = inputs.device.type
-        if weight.grad_fn is not None or (device == "cpu" and not can_pack(inputs, weight)):
+        # What a parametrization computes is another weight at each step; it has a history, unless all is frozen.
+        is_the_same = weight.grad_fn is None and (isinstance(weight, nn.Parameter) or weight.requires_grad)
+        if not is_the_same or (device == "cpu" and not can_pack(inputs, weight)):
             return F.linear(inputs, weight, bias)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         if id(weight) not in self._known:
             weights = _Weights(weight, bias, dtype)
-            self._known[id(weight)] = weights, _Collect.apply(weight, bias, weights)
-        weights, before = self._known[id(weight)]
+            self._known[id(weight)] = weight, weights, _Collect.apply(weight, bias, weights)
+        _, weights, before = self._known[id(weight)]
         return _Step.apply(inputs.to(dtype), before, weights)
 
 
@@ -107,6 +124,8 @@ def step_linear(inputs: torch.Tensor, num_steps: int) -> Linear:
         and inputs.device.type == "cpu"
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not transforms_are_active()
+        and _current_backward is not None
         and may_take("step_linear")
     )
     return StepLinear() if pays else F.linear

@@ -1,5 +1,6 @@
 """Fast paths on CPUs: packed weights in single steps and loops, functions of sequences; when copies are made anew."""
 
+import copy
 import functools
 import gc
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import hf_rnn
 from hf_rnn import (
@@ -14,6 +17,7 @@ from hf_rnn import (
     RECURRENT_CELLS,
     attention,
     fast_paths,
+    kept_for_texts,
     large_products,
     loop_only,
     modeling_rnn_seq2seq,
@@ -22,6 +26,7 @@ from hf_rnn import (
     without_fast_paths,
 )
 from hf_rnn import step_linear as step_linear_module
+from hf_rnn.recurrent_cache import cache_of
 from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_kernels import call_torch_kernel, run_loop
 from hf_rnn.step_linear import StepLinear
@@ -494,29 +499,46 @@ def test_keys_are_projected_once_for_each_source(decoder, monkeypatch):
     inputs = make_inputs(name, batch=2, with_labels=False)["input_ids"]
     step = {"decoder_input_ids": torch.tensor([[1], [1]])}
 
-    def logits(encoder_outputs):
+    def logits(encoder_outputs, cache=None):
         with torch.no_grad():
-            return model(encoder_outputs=encoder_outputs, **step).logits
+            return model(encoder_outputs=encoder_outputs, **step, past_key_values=cache).logits
+
+    def calls_of(*arguments):
+        calls.clear()
+        logits(*arguments)
+        return len(calls)
 
     with torch.no_grad():
         outputs = model.get_encoder()(inputs)
-        first = logits(outputs)
-        assert torch.equal(logits(outputs), first)
+        cache = cache_of(model(encoder_outputs=outputs, **step, use_cache=True))
         assert len(calls) == 1
+        assert calls_of(outputs, cache) == 0
+        assert calls_of(outputs, copy.deepcopy(cache)) == 1  # another text
+        assert calls_of(outputs, cache) == 0
         outputs.last_hidden_state.mul_(2)
-        assert not torch.equal(logits(outputs), first)
-        assert len(calls) == 2
+        assert calls_of(outputs, cache) == 1
         for parameter in score.parameters():
             parameter.mul_(0.5)
-        logits(outputs)
-        assert len(calls) == 3
+        assert calls_of(outputs, cache) == 1
+        with torch.autocast("cpu"):
+            assert calls_of(outputs, cache) == 1
+        assert calls_of(outputs, cache) == 1
+        with loop_only():
+            assert calls_of(outputs, cache) == 1
+        assert calls_of(outputs, cache) == 0
+        for parameter in score.parameters():
+            parameter.data.mul_(3)  # which nobody sees within a text
+        expected = logits(BaseModelOutputWithPooling(**{name: part.clone() for name, part in outputs.items()}))
+        assert torch.equal(logits(outputs), expected)
+        calls.clear()
         model.generate(inputs, max_new_tokens=9, min_new_tokens=9, num_beams=3)
-        assert len(calls) == 4
-    model(encoder_outputs=outputs, **step).logits.sum().backward()
-    assert len(calls) == 5
-    del outputs
+        assert len(calls) == 1
+    calls.clear()
+    model(encoder_outputs=outputs, **step, past_key_values=cache).logits.sum().backward()
+    assert len(calls) == 1
+    del cache
     gc.collect()
-    assert not attention._kept
+    assert not kept_for_texts._texts
 
 
 @pytest.mark.parametrize("decoder", [{}, {"input_feeding": True}], ids=str)
@@ -534,36 +556,38 @@ def test_values_are_mapped_once_for_each_source(decoder, monkeypatch):
 
     monkeypatch.setattr(attention.Attention, "forward", see)
 
-    def check(model, is_mapped, outputs=None):
+    def check(model, is_mapped, outputs=None, cache=None):
         with torch.no_grad():
             outputs = outputs or model.get_encoder()(**inputs)
-            logits = model(encoder_outputs=outputs, **step).logits
+            copied = copy.deepcopy(cache)
+            actual = model(encoder_outputs=outputs, **step, past_key_values=cache, use_cache=True)
             assert seen.pop() is is_mapped
             with without_fast_paths("mapped_values"):
-                torch.testing.assert_close(logits, model(encoder_outputs=outputs, **step).logits, rtol=1e-9, atol=1e-10)
+                expected = model(encoder_outputs=outputs, **step, past_key_values=copied, use_cache=True).logits
+            torch.testing.assert_close(actual.logits, expected, rtol=1e-9, atol=1e-10)
             assert seen.pop() is False
-        return outputs
+        return outputs, cache_of(actual)
 
     model = make_model(name, **decoder)
     combine = model.model.decoder.combine
-    outputs = check(model, True)
+    outputs, cache = check(model, True)
     products = []
     large_linear = modeling_rnn_seq2seq.large_linear
     monkeypatch.setattr(
         modeling_rnn_seq2seq, "large_linear", lambda *tensors: products.append(1) or large_linear(*tensors)
     )
-    check(model, True, outputs)
+    check(model, True, outputs, cache)
     assert not products
     with torch.no_grad():
         combine.weight.mul_(-0.5)
-    check(model, True, outputs)
+    check(model, True, outputs, cache)
     outputs.last_hidden_state.mul_(2)
-    check(model, True, outputs)
+    check(model, True, outputs, cache)
     assert len(products) == 2
     handle = combine.register_forward_hook(lambda module, arguments, output: output + 1)
-    check(model, False, outputs)
+    check(model, False, outputs, cache)
     handle.remove()
-    check(model, True, outputs)
+    check(model, True, outputs, cache)
     model(encoder_outputs=outputs, **step).logits.sum().backward()
     assert seen.pop() is False
     with torch.no_grad():
@@ -576,9 +600,9 @@ def test_values_are_mapped_once_for_each_source(decoder, monkeypatch):
         {"encoder_bidirectional": False, "hidden_size": 6},
     ):
         check(make_model(name, **decoder, **options), "hidden_size" in options)
-    del outputs
+    del cache
     gc.collect()
-    assert not attention._kept
+    assert not kept_for_texts._texts
 
 
 @pytest.mark.parametrize("other", [{"decoder_type": "bahdanau"}, {"decoder_type": "gnmt"}], ids=case_id)
@@ -586,7 +610,7 @@ def test_values_that_more_than_one_map_reads(other):
     decoder = make_model("RNNSeq2SeqForConditionalGeneration", **other).model.decoder
     features = torch.ones(2, 3, 12, dtype=torch.float64)
     with torch.no_grad():
-        memory = decoder.prepare_memory(features, None, again=True)
+        memory = decoder.prepare_memory(features, None, DynamicCache(config=decoder.config))
     assert not memory.are_values_mapped
     assert memory.values.shape == (2, 1, 3, 12)
 

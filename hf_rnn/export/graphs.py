@@ -200,7 +200,7 @@ def _language_model(model: RNNForCausalLM) -> tuple[dict[str, Graph], list[State
     return {"model": whole, "step": step}, states
 
 
-def _take_prepared(memory: AttentionMemory, mask, again: bool = False) -> AttentionMemory:
+def _take_prepared(memory: AttentionMemory, mask, text=None) -> AttentionMemory:
     return memory
 
 
