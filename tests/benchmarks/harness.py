@@ -10,6 +10,7 @@ A benchmark is a function of [`Settings`] that returns a [`Measurement`], with a
 
 import gc
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -202,7 +203,9 @@ def peak_megabytes(prepare: Callable[..., Callable[[], object]], settings: Setti
         f"settings = Settings(*{tuple(settings)!r})\n"
         f"print(peak_of(settings, lambda: {name}(settings, **{arguments!r})))"
     )
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # Large blocks go back to the system at once: how the C library cuts up its heap differs from process to process.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if process.returncode != 0:
         raise RuntimeError(f"The process that measures memory failed:\n{process.stderr}")
     return float(process.stdout.split()[-1])

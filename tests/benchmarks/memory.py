@@ -1,7 +1,5 @@
 """Memory of training on long texts, and of attending to them."""
 
-from statistics import median
-
 import torch
 
 from hf_rnn import attention
@@ -100,10 +98,8 @@ def additive(settings: Settings, score: str, coverage: bool) -> Measurement:
     sizes = {"score": score, "coverage": coverage, "batch": batch, "target": target, "source": source, "hidden": hidden}
     most = attention.MOST_TANH_KEPT
     try:
-        # The heap of a process is cut up differently each time.
         kept, again = (
-            max(median(peak_megabytes(prepare_attention, settings, kept=kept, **sizes) for _ in range(3)), 1e-3)
-            for kept in (True, False)
+            max(peak_megabytes(prepare_attention, settings, kept=kept, **sizes), 1e-3) for kept in (True, False)
         )
     finally:
         attention.MOST_TANH_KEPT = most  # set in this process where the sizes are tiny
