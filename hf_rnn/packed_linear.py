@@ -36,8 +36,10 @@ def packing_pays(dtype: torch.dtype) -> bool:
 
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            generator = torch.Generator().manual_seed(0)
-            weight, inputs = (torch.randn(rows, 256, generator=generator).to(dtype) for rows in (1024, 16))
+            generator = torch.Generator("cpu").manual_seed(0)
+            weight, inputs = (
+                torch.randn(rows, 256, generator=generator, device="cpu").to(dtype) for rows in (1024, 16)
+            )
             packed = pack(weight)
             expected, actual = F.linear(inputs, weight), multiply(inputs, packed)
             tolerance = 1e-3 if dtype == torch.float32 else 1.0
@@ -110,7 +112,7 @@ class _Copy:
 
 @functools.cache
 def _factors(size: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.rand(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.rand(size, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(dtype)
 
 
 def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -63,7 +63,7 @@ def _different(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     different, found = list(places), None
     if len(different) <= MOST_DIFFERENT * len(of_rows):
         different += different[-1:] * (-len(different) % MULTIPLE)
-        found = torch.tensor(different), torch.tensor(of_rows)
+        found = tuple(torch.tensor(rows, device="cpu") for rows in (different, of_rows))
     _last = weakref.ref(index), index._version, found
     return found
 
