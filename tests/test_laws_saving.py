@@ -695,6 +695,7 @@ RUNNING = {
     "packed_sequences",
     "deferred_logits",
     "hyperbolic_tangent",
+    "kept_for_texts",
     "large_products",
     "linear_calls",
     "packed_linear",
@@ -705,7 +706,9 @@ RUNNING = {
     "recurrent_onnx",
     "recurrent_operator",
     "recurrent_segments",
+    "repeated_rows",
     "sequence_functions",
+    "shared_sources",
     "step_linear",
     "vocabulary_loss",
 }
