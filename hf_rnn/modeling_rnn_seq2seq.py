@@ -35,7 +35,7 @@ from .generation_masks import GenerationMasks
 from .hyperbolic_tangent import tanh, tanh_
 from .kept_for_texts import keep, may_keep
 from .large_products import apply_linear, apply_transposed, is_just_linear, large_linear
-from .packed_linear import packed_linear
+from .packed_linear import begin_text, packed_linear
 from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
 from .recurrent_cache import (
     cache_of,
@@ -385,6 +385,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
             states.append(read_state(past_key_values, len(self.layers), sizes, batch_size))
         if states[0] is not None:
             return states
+        if not torch.compiler.is_compiling():
+            begin_text()  # perhaps of a source that was read before
         if final_states is None:
             raise ValueError(
                 "`encoder_outputs` must hold the encoder's final states in `pooler_output`, its second entry: pass on "

@@ -85,7 +85,7 @@ class _Copy:
         self.sample = flat[:: max(1, flat.numel() // self.SAMPLES)]
         self.sampled = self.sample.clone()
         self.packed: dict[int, torch.Tensor] = {}  # by the first column that is in it
-        self.sums: tuple[torch.Tensor, int] | None = None
+        self.digest: torch.Tensor | None = None
 
     def is_of(self, weight: nn.Parameter) -> bool:
         """Whether the weight is still what it was."""
@@ -96,17 +96,14 @@ class _Copy:
         if not torch.equal(self.sample, self.sampled):
             return False
         if self.text != _text:
-            if self.sums is None:
-                return False
-            (product, bits), (product_now, bits_now) = self.sums, _sums(weight)
-            if bits != bits_now or not torch.equal(product, product_now):
+            if self.digest is None or not torch.equal(self.digest, _digest(weight)):
                 return False
             self.text = _text
         return True
 
     def pack(self, weight: nn.Parameter, first_column: int) -> None:
-        if self.sums is None:
-            self.sums = _sums(weight)
+        if self.digest is None:
+            self.digest = _digest(weight)
         self.packed[first_column] = pack(weight[:, first_column:].contiguous())
 
 
@@ -115,14 +112,15 @@ def _factors(size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.rand(size, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(dtype)
 
 
-def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+def _digest(weight: torch.Tensor) -> torch.Tensor:
     """
-    What tells whether a weight is still what it was: a product with a vector, in which every row that has changed
-    shows, and the sum of its bits, in which small changes show that are lost there.
+    What tells whether a weight is still what it was: its product with a vector, in which every row shows that has
+    changed by more than rounding; of narrow types, for which that takes long, the sum of its bits.
     """
     weight = weight.detach()
-    bits = torch.int32 if weight.element_size() == 4 else torch.int16
-    return weight @ _factors(weight.shape[1], weight.dtype), int(weight.view(bits).sum(dtype=torch.int32))
+    if weight.element_size() >= 4:
+        return weight @ _factors(weight.shape[1], weight.dtype)
+    return weight.view(torch.int16 if weight.shape[1] % 2 else torch.int32).sum(dtype=torch.int32)
 
 
 _copies: dict[int, _Copy] = {}

@@ -116,7 +116,8 @@ class RecurrentLayer(GradientCheckpointingLayer):
         """
         drops = self.training and self.input_dropout > 0
         inputs = F.dropout(hidden_states, self.input_dropout) if drops else hidden_states
-        if (state is None or inputs.shape[1] > 1) and not torch.compiler.is_compiling():
+        begins = self.layer_idx == 0 and (state is None or inputs.shape[1] > 1)
+        if begins and not torch.compiler.is_compiling():
             begin_text()
         if state is None:
             state = self.initial_state(inputs)

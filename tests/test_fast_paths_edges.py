@@ -33,6 +33,14 @@ def wide_model(name: str, **options):
     return make_model(name, torch.float32, **sizes, **layers, **options)
 
 
+def unsampled_rows(weight: torch.Tensor) -> list[int]:
+    """An even number of rows of which no number is compared at every step."""
+    number, size = weight.shape
+    step = weight.numel() // packed_linear._Copy.SAMPLES
+    rows = [row for row in range(number) if -(-row * size // step) * step >= (row + 1) * size]
+    return rows[: len(rows) // 2 * 2]
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight
@@ -103,15 +111,30 @@ def test_rows_written_behind_the_back(length, factor):
     options["return_dict_in_generate"] = True
     for _ in range(2):
         model.generate(prompt, **options)
-    # Not those of which some number is compared at every step.
-    step = model.lm_head.weight.numel() // packed_linear._Copy.SAMPLES
-    rows = [row for row in range(2000) if -(-row * 1024 // step) * step >= (row + 1) * 1024]
-    model.lm_head.weight.data[rows[: len(rows) // 2 * 2]] *= factor
+    model.lm_head.weight.data[unsampled_rows(model.lm_head.weight)] *= factor
     actual = model.generate(prompt, **options)
     with loop_only():
         expected = model.generate(prompt, **options)
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-3, atol=1e-3)
+
+
+@needs_packing
+@torch.no_grad()
+def test_rows_written_between_texts_of_one_source():
+    model = make_model(SEQ2SEQ, torch.float32, hidden_size=512, embedding_size=512, vocab_size=3000)
+    outputs = model.get_encoder()(make_tokens(3, 7))
+
+    def first_logits(model=model):
+        first = torch.ones(3, 1, dtype=torch.long)
+        return model(encoder_outputs=copy.copy(outputs), decoder_input_ids=first, use_cache=True).logits
+
+    for _ in range(3):
+        first_logits()
+    model.lm_head.weight.data[unsampled_rows(model.lm_head.weight)] *= -1
+    with loop_only():
+        expected = first_logits()
+    torch.testing.assert_close(first_logits(), expected, rtol=1e-3, atol=1e-3)
 
 
 @needs_packing
