@@ -386,7 +386,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         if states[0] is not None:
             return states
         if not torch.compiler.is_compiling():
-            begin_text()  # perhaps of a source that was read before
+            begin_text(is_long=False)  # perhaps of a source that was read before
         if final_states is None:
             raise ValueError(
                 "`encoder_outputs` must hold the encoder's final states in `pooler_output`, its second entry: pass on "

@@ -80,10 +80,13 @@ class _Copy:
     def __init__(self, weight: nn.Parameter):
         key = id(weight)
         self.weight = weakref.ref(weight, lambda _: _copies.pop(key, None))
-        self.pointer, self.version, self.text = weight.data_ptr(), weight._version, _text
+        self.pointer, self.version, self.text, self.long_text = weight.data_ptr(), weight._version, _text, _long_text
         flat = weight.detach().view(-1)
         self.sample = flat[:: max(1, flat.numel() // self.SAMPLES)]
         self.sampled = self.sample.clone()
+        # A number of each row.
+        self.diagonal = flat[:: weight.shape[1] + 1]
+        self.of_rows = self.diagonal.clone()
         self.packed: dict[int, torch.Tensor] = {}  # by the first column that is in it
         self.digest: torch.Tensor | None = None
 
@@ -92,13 +95,15 @@ class _Copy:
         if self.weight() is not weight or self.pointer != weight.data_ptr() or self.version != weight._version:
             return False
         # Whoever writes through `weight.data`, as LoRA does when it is merged, changes neither pointer nor version:
-        # some of the numbers are compared at every step, all of them once for each text.
+        # some of the numbers are compared at every step, one of each row once for each text, and all of them where the
+        # text begins with several tokens, beside which that takes no time.
         if not torch.equal(self.sample, self.sampled):
             return False
-        if self.text != _text:
-            if self.digest is None or not torch.equal(self.digest, _digest(weight)):
-                return False
-            self.text = _text
+        if self.text != _text and not torch.equal(self.diagonal, self.of_rows):
+            return False
+        if self.long_text != _long_text and (self.digest is None or not torch.equal(self.digest, _digest(weight))):
+            return False
+        self.text, self.long_text = _text, _long_text
         return True
 
     def pack(self, weight: nn.Parameter, first_column: int) -> None:
@@ -124,13 +129,14 @@ def _digest(weight: torch.Tensor) -> torch.Tensor:
 
 
 _copies: dict[int, _Copy] = {}
-_text = 0
+_text = _long_text = 0
 
 
-def begin_text() -> None:
-    """Says that a new text begins, for which all copies are compared with their weights once."""
-    global _text
+def begin_text(is_long: bool = True) -> None:
+    """Says that a new text begins, with several tokens or with one: all copies are compared with their weights once."""
+    global _text, _long_text
     _text += 1
+    _long_text += bool(is_long)  # sizes are tensors while a step is traced
 
 
 def forget_copies(module: nn.Module) -> None:

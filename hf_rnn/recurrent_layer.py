@@ -118,7 +118,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
         inputs = F.dropout(hidden_states, self.input_dropout) if drops else hidden_states
         begins = self.layer_idx == 0 and (state is None or inputs.shape[1] > 1)
         if begins and not torch.compiler.is_compiling():
-            begin_text()
+            begin_text(is_long=inputs.shape[1] > 1)
         if state is None:
             state = self.initial_state(inputs)
         kept = []
