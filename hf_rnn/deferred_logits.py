@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import is_watched, may_take, transforms_are_active
+from .fast_paths import autocast_dtype, is_watched, may_take, transforms_are_active
 from .large_products import apply_linear, large_linear, weight_gradient
 from .vocabulary_loss import linear_cross_entropy, pays
 
@@ -55,10 +55,8 @@ def _may_defer(projection: nn.Module, hidden_states: torch.Tensor) -> bool:
 
 def _product_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     """The type that autocast would choose for a product."""
-    dtype, device_type = hidden_states.dtype, hidden_states.device.type
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return dtype
+    dtype = hidden_states.dtype
+    return dtype if dtype == torch.float64 else autocast_dtype(hidden_states.device.type) or dtype
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

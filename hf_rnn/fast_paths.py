@@ -124,3 +124,12 @@ def derivatives_go_forward() -> bool:
 def transforms_are_active() -> bool:
     """Whether a transformation of `torch.func` wraps what is computed, or derivatives go forward with it."""
     return _functorch_is_active() or derivatives_go_forward()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type to which autocast brings products on a device, None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+# Which backward is running, -1 outside of any. It has no public door; where it is None, nobody can depend on it.
+current_backward: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .fast_paths import may_take, transforms_are_active
+from .fast_paths import autocast_dtype, may_take, transforms_are_active
 
 
 class _Kept(NamedTuple):
@@ -45,9 +45,10 @@ def keep(
         parameters (`Sequence[torch.Tensor]`): With which. Whatever has written to one of them makes it anew.
         make: Makes it; a tuple.
     """
-    device = features.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    made_of = autocast, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (features, *parameters))
+    made_of = (
+        autocast_dtype(features.device.type),
+        *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in (features, *parameters)),
+    )
     of_text = _texts.setdefault(text, {})
     known = of_text.get(name)
     if known is None or known.features() is not features or known.made_of != made_of:

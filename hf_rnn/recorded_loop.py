@@ -21,7 +21,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .fast_paths import is_watched, may_take, transforms_are_active
+from .fast_paths import autocast_dtype, current_backward, is_watched, may_take, transforms_are_active
 from .linear_calls import project_inputs
 from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State, masked_step
 from .step_linear import StepLinear
@@ -319,7 +319,7 @@ recorder = Recorder()
 
 def may_record() -> bool:
     """Whether a recording may be made now: not within a backward, whose work belongs to others."""
-    return _current_backward() == -1
+    return current_backward is not None and current_backward() == -1
 
 
 @functools.cache
@@ -338,8 +338,7 @@ def _is_plain(cell: RecurrentCell) -> bool:
     )
 
 
-# Neither has a public door; where one is missing, nothing is recorded.
-_current_backward = getattr(torch._C, "_current_graph_task_id", lambda: "unknown")
+# It has no public door; where it is missing, nothing is recorded.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
 
 
@@ -391,7 +390,7 @@ def play_loop(
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, *state, *parameters.values()))
     length = LONG_PIECE if seq > LONG_SEQUENCE else SHORT_PIECE
     device = inputs.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = autocast_dtype(device)
     key = (
         *(type(cell), cell.input_size, cell.hidden_size, cell.training, inputs.shape[0], length),
         *(tuple((name, weight.shape, weight.dtype) for name, weight in parameters.items()), inputs.dtype),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from .fast_paths import derivatives_go_forward, may_take, transforms_are_active
+from .fast_paths import autocast_dtype, derivatives_go_forward, may_take, transforms_are_active
 from .hyperbolic_tangent import tanh
 from .large_products import large_linear
 from .linear_calls import project_inputs
@@ -382,16 +382,12 @@ def takes_torch_kernel(cell: RecurrentCell, inputs: torch.Tensor, kept: Sequence
     if needs_history and len(cell.state_names) > 1:
         return False
     # Under autocast torch takes oneDNN for an LSTM, which has none in float16 on most CPUs.
-    if cell.torch_kernel == "lstm" and inputs.device.type == "cpu" and _is_autocast_to_float16():
+    if cell.torch_kernel == "lstm" and inputs.device.type == "cpu" and autocast_dtype("cpu") == torch.float16:
         return False
     if derivatives_go_forward():  # of which kernels know nothing
         return False
     # For a single step the kernel would spend its time on setting itself up.
     return inputs.shape[0] > 0 and inputs.shape[1] > 1
-
-
-def _is_autocast_to_float16() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16
 
 
 def _directions(cells: Sequence[RecurrentCell], state: State):

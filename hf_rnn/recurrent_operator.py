@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .fast_paths import autocast_dtype
 from .packed_sequences import PackedPadding
 from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State
 from .recurrent_kernels import run_sequence
@@ -47,8 +48,7 @@ def run_sequence_opaquely(
     weight_names = _weight_names(names[0], cells[0].input_size, cells[0].hidden_size, len(cells))
     weights = [attrgetter(name)(cell) for cell, names_of_cell in zip(cells, weight_names) for name in names_of_cell]
     tensors = [inputs, *state, *weights, *kept]
-    device_type = inputs.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else inputs.dtype
+    dtype = autocast_dtype(inputs.device.type) or inputs.dtype
     inputs, *others = (tensor.to(dtype) for tensor in tensors)
     state, others = others[: len(state)], others[len(state) :]
     weights, kept = others[: len(weights)], others[len(weights) :]

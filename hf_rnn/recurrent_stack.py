@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .fast_paths import is_watched, may_take
+from .fast_paths import autocast_dtype, is_watched, may_take
 from .packed_sequences import PackedPadding
 from .recurrent_cells import RecurrentCell, State
 from .recurrent_kernels import call_torch_kernel, over_tokens, takes_torch_kernel
@@ -62,8 +62,7 @@ def _takes_one_call(layers, inputs, padding, needs_state, needs_history, needs_g
     if not all(type(layer) is RecurrentLayer and _does_nothing_else(layer) for layer in layers):
         return False
     # Its fastest algorithms in float16, which keep the weights of a step on the chip, take one layer at a time.
-    narrow = torch.get_autocast_dtype(DEVICE_TYPE) if torch.is_autocast_enabled(DEVICE_TYPE) else inputs.dtype
-    if narrow == torch.float16:
+    if (autocast_dtype(DEVICE_TYPE) or inputs.dtype) == torch.float16:
         return False
     if padding is not None and layers[0].cell_reverse is not None:  # each direction reads it in an order of its own
         return False

@@ -9,14 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import may_take, transforms_are_active
+from .fast_paths import autocast_dtype, current_backward, may_take, transforms_are_active
 from .large_products import weight_gradient
 from .packed_linear import can_pack, multiply, pack
 from .recurrent_cells import Linear
-
-
-# Which backward is running. It has no public door; where it is missing, the loops are left to autograd.
-_current_backward = getattr(torch._C, "_current_graph_task_id", None)
 
 
 class _Weights:
@@ -37,8 +33,8 @@ class _Weights:
 
     def collect(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         """Keeps the factors of one step; those of another backward, which did not ask for the weight, are dropped."""
-        if self.backward != _current_backward():
-            self.backward, self.inputs, self.gradients = _current_backward(), [], []
+        if self.backward != current_backward():
+            self.backward, self.inputs, self.gradients = current_backward(), [], []
         self.inputs.append(inputs)
         self.gradients.append(gradient)
 
@@ -109,7 +105,7 @@ class StepLinear:
         is_the_same = weight.grad_fn is None and (isinstance(weight, nn.Parameter) or weight.requires_grad)
         if not is_the_same or (device == "cpu" and not can_pack(inputs, weight)):
             return F.linear(inputs, weight, bias)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = autocast_dtype(device) or weight.dtype
         if id(weight) not in self._known:
             weights = _Weights(weight, bias, dtype)
             self._known[id(weight)] = weight, weights, _Collect.apply(weight, bias, weights)
@@ -125,7 +121,7 @@ def step_linear(inputs: torch.Tensor, num_steps: int) -> Linear:
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not transforms_are_active()
-        and _current_backward is not None
+        and current_backward is not None
         and may_take("step_linear")
     )
     return StepLinear() if pays else F.linear
