@@ -310,9 +310,11 @@ class _AdditiveComparison(torch.autograd.Function):
     def backward(ctx, gradient):
         queries, keys, vector = tensors = ctx.saved_tensors  # a checkpoint gives them once
         if torch.is_grad_enabled():
-            # Second derivatives are asked for, which need the graph of the first: all at once.
+            # Second derivatives are asked for, which need the graph of the first: all at once, and under names of their
+            # own, because queries may have been computed from keys.
+            tensors = [tensor.view_as(tensor) for tensor in tensors]
             needed = [tensor for tensor, is_needed in zip(tensors, ctx.needs_input_grad) if is_needed]
-            scores = _compare(queries, keys, vector, ctx.tanh_)
+            scores = _compare(*tensors, ctx.tanh_)
             found = iter(torch.autograd.grad(scores, needed, gradient, create_graph=True))
             return *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[:3]), None, None
         wide = torch.promote_types(keys.dtype, torch.float32)

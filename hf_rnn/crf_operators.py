@@ -1,6 +1,7 @@
 """What a chain of labels needs a loop over time for, as operators that a graph (`torch.compile`, `torch.export`) does
 not look into: the sums over all paths with their gradient, and the best paths. In ONNX they become a
-[Scan](https://onnx.ai/onnx/operators/onnx__Scan.html). Imports the names of the fast paths.
+[Scan](https://onnx.ai/onnx/operators/onnx__Scan.html). Imports the names of the fast paths and
+the derivatives of higher order.
 
 All of them take chains that lie at the left of their rows. The score of a path y is
 start[y_1] + sum_t emissions[t, y_t] + sum_t transitions[y_{t-1}, y_t] + end[y_last]; where a new text begins within a
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .fast_paths import may_take
+from .higher_derivatives import gradients_with_graph
 
 
 # A checkpoint that brings its own copy of this file brings its own operators.
@@ -84,7 +86,7 @@ def _sums(steps: _Steps, start, end, sum_step) -> tuple[list[torch.Tensor], list
 
 def _relative(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores such that the highest is zero, so that they are as exact at the end of a long text as at its beginning."""
-    highest = scores.amax(dim=-1, keepdim=True)
+    highest = scores.amax(dim=-1, keepdim=True).detach()
     return scores - highest, highest
 
 
@@ -202,7 +204,7 @@ def chain_sums(
     """
     The logarithm of the sum of exp(score) over all paths up to a position that end there with a label, the `end`
     scores of the last one left out: the forward variables of
-    [Rabiner (1989)](https://doi.org/10.1109/5.18626). Has first derivatives.
+    [Rabiner (1989)](https://doi.org/10.1109/5.18626). Has derivatives of any order.
 
     Args:
         emissions (`torch.Tensor` of shape `(batch, seq, labels)`): Scores of the labels, those of the tokens first.
@@ -252,8 +254,17 @@ def _keep_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grads):
-    of_emissions, of_transitions, of_start, of_end = chain_sums_backward(grads[0], *ctx.saved_tensors)
-    return of_emissions, None, None, of_transitions, of_start, of_end
+    sums, emissions, lengths, starts, *scores = ctx.saved_tensors
+    tensors, needed = (emissions, *scores), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+    if torch.is_grad_enabled() and emissions.numel() > 0:
+
+        def sums_of(emissions, *scores):
+            return run_sums(emissions, lengths, starts, *scores)[0]
+
+        of_emissions, *of_scores = gradients_with_graph(sums_of, tensors, needed, grads[0])
+    else:
+        of_emissions, *of_scores = chain_sums_backward(grads[0], sums, emissions, lengths, starts, *scores)
+    return of_emissions, None, None, *of_scores
 
 
 chain_sums.register_autograd(_backward, setup_context=_keep_for_backward)

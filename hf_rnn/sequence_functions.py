@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from .fast_paths import may_take, transforms_are_active
+from .higher_derivatives import gradients_with_graph
 from .hyperbolic_tangent import tanh_
 from .large_products import large_linear, linear_gradients
 from .packed_linear import can_pack, is_large, multiply, pack
@@ -40,19 +41,19 @@ def _linear_with(weight: torch.Tensor, inputs: torch.Tensor) -> Callable:
 
 
 def _backward(ctx, gradient: torch.Tensor, gradients: Callable) -> tuple[torch.Tensor | None, ...]:
-    """`gradients(ctx, gradient)`; by torch's own kernel where those of higher order are asked for."""
+    """`gradients(ctx, gradient)`; by torch's own kernel where derivatives of higher order are asked for."""
     if not torch.is_grad_enabled():
         with torch.autocast("cpu", enabled=False):  # as in the forward
             return gradients(ctx, gradient)
-    arguments = ctx.saved_tensors[:6]
-    inputs, hidden, *weights = arguments
-    in_order = inputs.flip(0) if ctx.reverse else inputs
-    kernel = getattr(torch._VF, ctx.kernel)
-    outputs, _ = kernel(in_order, hidden.unsqueeze(0), weights, True, 1, 0.0, True, False, False)
-    outputs = outputs.flip(0) if ctx.reverse else outputs
-    needed = [argument for argument, is_needed in zip(arguments, ctx.needs_input_grad) if is_needed]
-    found = iter(torch.autograd.grad(outputs, needed, gradient, create_graph=True))
-    return tuple(next(found) if is_needed else None for is_needed in ctx.needs_input_grad)
+
+    def run(inputs, hidden, *weights):
+        in_order = inputs.flip(0) if ctx.reverse else inputs
+        kernel = getattr(torch._VF, ctx.kernel)
+        outputs, _ = kernel(in_order, hidden.unsqueeze(0), weights, True, 1, 0.0, True, False, False)
+        return outputs.flip(0) if ctx.reverse else outputs
+
+    found = gradients_with_graph(run, ctx.saved_tensors[:6], ctx.needs_input_grad[:6], gradient)
+    return *found, None, None
 
 
 def _steps(*sequences: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:

@@ -2,11 +2,13 @@
 
 In a loop over time autograd would, at each step, read the weight in an order that suits it badly and add a gradient of
 its size to the sum so far. Here the weight is packed once for the loop, and the factors of its gradient are kept, so
-that one product makes the gradient after the last step. The loop itself stays an ordinary loop.
+that one product makes the gradient after the last step. The loop itself stays an ordinary loop, with derivatives of
+any order.
 """
 
 import torch
 from torch import nn
+from torch.autograd import Variable
 from torch.nn import functional as F
 
 from .fast_paths import autocast_dtype, current_backward, may_take, transforms_are_active
@@ -23,6 +25,7 @@ class _Weights:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         self.packs = weight.device.type == "cpu"
+        self.weight, self.version = weight, weight._version
         self.source = weight.detach().to(dtype)
         self.packed = pack(self.source) if self.packs else self.source
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -35,8 +38,15 @@ class _Weights:
         """Keeps the factors of one step; those of another backward, which did not ask for the weight, are dropped."""
         if self.backward != current_backward():
             self.backward, self.inputs, self.gradients = current_backward(), [], []
+            if torch.is_grad_enabled():
+                # They have a graph of which this is a part: nobody else could ever free them.
+                Variable._execution_engine.queue_callback(self.forget)
         self.inputs.append(inputs)
         self.gradients.append(gradient)
+
+    def forget(self) -> None:
+        """Drops what was kept for the gradient of the weight."""
+        self.inputs, self.gradients = [], []
 
     @property
     def transposed(self) -> torch.Tensor:
@@ -50,7 +60,12 @@ class _Weights:
         return (multiply if self.packs else F.linear)(inputs, self.packed, self.bias)
 
     def multiply_transposed(self, gradient: torch.Tensor) -> torch.Tensor:
-        return (multiply if self.packs else F.linear)(gradient, self.transposed)
+        if not torch.is_grad_enabled():
+            return (multiply if self.packs else F.linear)(gradient, self.transposed)
+        # Second derivatives are asked for, which need the weight itself.
+        if self.weight._version != self.version:
+            raise RuntimeError("A weight was modified in place between a forward and the backward of its backward.")
+        return F.linear(gradient, self.weight.to(gradient.dtype).t())
 
 
 class _Collect(torch.autograd.Function):
@@ -63,10 +78,9 @@ class _Collect(torch.autograd.Function):
         return weight.new_zeros(())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, _):
         inputs, gradients = torch.cat(ctx.weights.inputs), torch.cat(ctx.weights.gradients)
-        ctx.weights.inputs, ctx.weights.gradients = [], []
+        ctx.weights.forget()
         of_weight = weight_gradient(gradients, inputs).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return of_weight, gradients.sum(0, dtype=ctx.dtype) if ctx.has_bias else None, None
 
@@ -79,7 +93,6 @@ class _Step(torch.autograd.Function):
         return weights.multiply(inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         (inputs,) = ctx.saved_tensors
         gradient = gradient.contiguous()

@@ -1,8 +1,10 @@
 """Fast paths on CPUs: packed weights in single steps and loops, functions of sequences; when copies are made anew."""
 
+import contextlib
 import copy
 import functools
 import gc
+import weakref
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from hf_rnn import (
     loop_only,
     modeling_rnn_seq2seq,
     packed_linear,
+    recurrent_kernels,
+    recurrent_segments,
     sequence_functions,
     without_fast_paths,
 )
@@ -30,8 +34,8 @@ from hf_rnn.recurrent_cache import cache_of
 from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_kernels import call_torch_kernel, run_loop
 from hf_rnn.step_linear import StepLinear
-from matrix import DECODERS, GENERATIVE, MODEL_CLASSES, case_id, cases, make_inputs, make_mask, make_model
-from test_laws_paths import check_model, results_of
+from matrix import DECODERS, GENERATIVE, MODEL_CLASSES, case_id, cases, make_inputs, make_mask, make_model, make_tokens
+from test_laws_paths import check_model, padded_inputs, results_of
 
 
 CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
@@ -297,10 +301,27 @@ def test_gradients_of_step_linear(packed):
             inputs = torch.tanh(linear(inputs, weight, bias))
         return inputs
 
-    assert torch.autograd.gradcheck(loop, (inputs, weight, bias))
+    checks = torch.autograd.gradcheck, torch.autograd.gradgradcheck
+    assert all(check(loop, (inputs, weight, bias)) for check in checks)
     for index in range(3):
         leaves = [leaf.detach().requires_grad_(index == number) for number, leaf in enumerate((inputs, weight, bias))]
-        assert torch.autograd.gradcheck(loop, leaves)
+        assert all(check(loop, leaves) for check in checks)
+
+
+def test_what_second_derivatives_leave_behind(packed):
+    """Nothing is kept of a backward that did not ask for the weight, and a weight that has changed is refused."""
+    weight = nn.Parameter(torch.randn(3, 3))
+    inputs = torch.randn(2, 3, requires_grad=True)
+    outputs = StepLinear()(inputs, weight)
+    (gradient,) = torch.autograd.grad(outputs.square().sum(), inputs, create_graph=True)
+    graph = weakref.ref(outputs.grad_fn)
+    del outputs, gradient
+    assert graph() is None
+    outputs = StepLinear()(inputs, weight).square().sum()
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        torch.autograd.grad(outputs, inputs, create_graph=True)
 
 
 def test_one_product_for_the_gradient_of_a_weight(packed, monkeypatch):
@@ -423,6 +444,67 @@ def test_which_sequences_run_as_a_function(monkeypatch):
     seen = []
     torch.func.vmap(lambda row: seen.append(takes()) or row)(inputs)
     assert seen == [False]
+
+
+# Derivatives of the second order.
+
+
+@pytest.fixture
+def everything_taken(packed, monkeypatch):
+    """In tiny models too: functions of sequences, pieces of time wherever a row ends, attention in parts; `packed`."""
+    monkeypatch.setattr(recurrent_kernels, "takes_function", lambda kernel, *arguments: kernel != "lstm")
+    monkeypatch.setattr(attention, "MOST_TANH_KEPT", 0)
+    for name in ("CALL_COST", "CALL_OPERATIONS", "SORTING_OPERATIONS"):
+        monkeypatch.setattr(recurrent_segments, name, 0)
+    return packed
+
+
+@pytest.mark.parametrize(("name", "options"), cases(), ids=str)
+def test_second_derivatives(everything_taken, name, options):
+    """The gradients of all weights with a graph, and those of a penalty on them."""
+    model, inputs = make_model(name, **options), padded_inputs(name)
+    weights = list(model.parameters())
+
+    def results():
+        outputs = model(**inputs)
+        target = sum(value.square().sum() for value in outputs.values() if isinstance(value, torch.Tensor))
+        first = torch.autograd.grad(target, weights, create_graph=True, allow_unused=True)
+        penalty = sum(gradient.square().sum() for gradient in first if gradient is not None)
+        return first, torch.autograd.grad(penalty, weights, allow_unused=True)
+
+    with loop_only():
+        expected = results()
+    assert not everything_taken
+    for ruled_out in ([], ["torch_kernel"]):
+        with without_fast_paths(*ruled_out) if ruled_out else contextlib.nullcontext():
+            torch.testing.assert_close(results(), expected, rtol=1e-8, atol=1e-12)
+    assert everything_taken
+
+
+@CELLS
+@pytest.mark.parametrize("ruled_out", [[], ["torch_kernel"]], ids=["sequences", "loops"])
+def test_gradients_with_a_graph_of_a_text_in_two_parts(everything_taken, cell_type, ruled_out):
+    """What the second part begins with was computed by the same weights, which count once for each part."""
+    model = make_model("RNNModel", cell_type=cell_type)
+    weights = list(model.layers.parameters())
+    first, second = make_tokens(3, 4), make_tokens(3, 5, seed=1)
+
+    def results(create_graph: bool):
+        state = cache_of(model(first, use_cache=True))
+        outputs = model(second, past_key_values=state).last_hidden_state
+        gradients = torch.autograd.grad(outputs.square().sum(), weights, create_graph=create_graph)
+        if not create_graph:
+            return gradients
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        return [*gradients, *torch.autograd.grad(penalty, weights)]
+
+    with loop_only():
+        expected = results(create_graph=True)
+    with without_fast_paths(*ruled_out) if ruled_out else contextlib.nullcontext():
+        actual = results(create_graph=True)
+        plain = results(create_graph=False)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(tuple(actual[: len(plain)]), plain, rtol=1e-8, atol=1e-12)
 
 
 # All of them in the type in which they are used.

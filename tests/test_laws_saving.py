@@ -679,6 +679,7 @@ INDEPENDENT = {
     "configuration_checks",
     "fast_paths",
     "generation_masks",
+    "higher_derivatives",
     "label_schemes",
     "pointer_generator",
     "pooling",
