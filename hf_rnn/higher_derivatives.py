@@ -6,10 +6,10 @@ import torch
 
 
 def gradients_with_graph(
-    function: Callable[..., torch.Tensor],
+    function: Callable[..., torch.Tensor | list[torch.Tensor]],
     tensors: Sequence[torch.Tensor],
     needed: Sequence[bool],
-    gradient: torch.Tensor,
+    gradient: torch.Tensor | list[torch.Tensor],
 ) -> list[torch.Tensor | None]:
     """
     The gradients of `tensors` from the `gradient` of what a function makes of them, by autograd and with a graph of
@@ -19,7 +19,7 @@ def gradients_with_graph(
         function: What the forward computes, in operations that autograd knows.
         tensors (`Sequence` of `torch.Tensor`): Its arguments.
         needed (`Sequence` of `bool`): For each of them whether its gradient is asked for.
-        gradient (`torch.Tensor`): The gradient of what the function returns.
+        gradient (`torch.Tensor` or a list of them): The gradient of what the function returns.
 
     Returns:
         For each of `tensors` its gradient, None where it is not needed and where the function does not depend on it.

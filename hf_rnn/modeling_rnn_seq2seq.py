@@ -772,10 +772,10 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, SharedSources, RNNSeq2
         gate_size = config.encoder_output_size + config.hidden_size + config.embedding_size
         self.copy_gate = CopyGate(gate_size) if config.pointer_generator else None
         self.post_init()
-        if config.pointer_generator or config.coverage_loss_weight > 0:
-            # It asks for attentions by itself, and a graph cannot hold the lock under which the hooks are installed.
-            for module in (self.model.encoder, self.model.decoder):
-                maybe_install_capturing_hooks(module)
+        # Pointers, coverage and alignments ask for attentions, and a graph cannot hold the lock under which the hooks
+        # are installed.
+        for module in (self.model.encoder, self.model.decoder):
+            maybe_install_capturing_hooks(module)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's inputs `[batch, target]` for labels of that shape, for data collators."""

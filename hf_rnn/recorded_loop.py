@@ -1,4 +1,5 @@
-"""Loops over time on GPUs, recorded once and played from then on. Imports the cells and the products of their steps.
+"""Loops over time on GPUs, recorded once and played from then on. Imports the cells, what describes them, and
+the products of their steps.
 
 A step of a cell that no library knows is a dozen small operations, and starting them from Python takes a GPU many times
 as long as computing them. What a loop has done in the same sizes before is recorded as CUDA graphs, forward and
@@ -21,6 +22,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from .bare_cells import describe, make_cell
 from .fast_paths import autocast_dtype, current_backward, is_watched, may_take, transforms_are_active
 from .linear_calls import project_inputs
 from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State, masked_step
@@ -101,10 +103,9 @@ def _write(places: Sequence[torch.Tensor | None], values: Sequence[torch.Tensor 
 
 
 @functools.cache
-def _bare_cell(cell_class: type[RecurrentCell], input_size: int, hidden_size: int, training: bool) -> RecurrentCell:
-    """A cell without weights, to be called with others; the same one each time, as a compiler looks for that."""
-    with torch.device("meta"):
-        return cell_class(input_size, hidden_size).train(training)
+def _bare_cell(cell_class: type[RecurrentCell], description: str, input_size: int, hidden_size: int) -> RecurrentCell:
+    """[`make_cell`], the same one each time, as a compiler looks for that."""
+    return make_cell(description, input_size, hidden_size)
 
 
 class _Loop:
@@ -113,18 +114,19 @@ class _Loop:
 
     Args:
         cell (`RecurrentCell`): The cell.
+        description (`str`): Its description, see [`describe`].
         inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): A sequence.
         state (`tuple` of `torch.Tensor` of shape `(batch, hidden_size)`): The state before it.
         kept (`torch.Tensor` of shape `(batch, hidden_size)`, *optional*): What to multiply hidden states with first.
         trains (`bool`): Whether gradients are asked for.
     """
 
-    def __init__(self, cell, inputs, state, kept, trains: bool):
+    def __init__(self, cell, description: str, inputs, state, kept, trains: bool):
         self.trains = trains
         self.in_use = False
         self.pieces: dict[tuple[int, bool], _Piece] = {}
         self.kept = None if kept is None else kept.detach().clone()
-        self.cell = _bare_cell(type(cell), cell.input_size, cell.hidden_size, cell.training)
+        self.cell = _bare_cell(type(cell), description, cell.input_size, cell.hidden_size)
         self.weights = {name: weight.detach().clone() for name, weight in cell.named_parameters()}
         self._look_at_a_step(project_inputs(cell, inputs[:, 0]).detach(), tuple(part.detach() for part in state))
         for weight in self.weights.values():
@@ -328,7 +330,7 @@ def _is_made_of_sizes(cell_class: type[RecurrentCell]) -> bool:
 
 
 def _is_plain(cell: RecurrentCell) -> bool:
-    """Whether the cell is what its class says: no adapter, no hook, nothing that a step could change."""
+    """Whether a cell is as it was made: no adapter, no hook, nothing that a step could change."""
     if type(cell) not in RECURRENT_CELLS.values() or any(True for _ in cell.buffers()):
         return False
     if any(map(is_watched, cell.modules())):
@@ -386,13 +388,16 @@ def play_loop(
     Returns:
         The outputs `(batch, seq, hidden_size)` and the final state; None where the loop is not recorded (yet).
     """
+    description = describe(cell)
+    if not description:
+        return None
     seq, parameters = inputs.shape[1], dict(cell.named_parameters())
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, *state, *parameters.values()))
     length = LONG_PIECE if seq > LONG_SEQUENCE else SHORT_PIECE
     device = inputs.device.type
     autocast = autocast_dtype(device)
     key = (
-        *(type(cell), cell.input_size, cell.hidden_size, cell.training, inputs.shape[0], length),
+        *(type(cell), description, cell.input_size, cell.hidden_size, inputs.shape[0], length),
         *(tuple((name, weight.shape, weight.dtype) for name, weight in parameters.items()), inputs.dtype),
         *(tuple(part.dtype for part in state), None if kept is None else kept.dtype, autocast, trains),
         *(may_take("fused_steps"), inputs.device, _current_stream(inputs.device)),
@@ -404,7 +409,7 @@ def play_loop(
             torch.set_grad_enabled(trains),
             torch.autocast(device, autocast, autocast is not None, cache_enabled=False),
         ):
-            borrowed = recorder.borrow(key, lambda: _Loop(cell, inputs, state, kept, trains))
+            borrowed = recorder.borrow(key, lambda: _Loop(cell, description, inputs, state, kept, trains))
             if borrowed is None:
                 return None
             return _play(borrowed, cell, parameters, inputs, state, mask, reverse, kept, length)

@@ -116,8 +116,8 @@ class RecurrentLayer(GradientCheckpointingLayer):
         """
         drops = self.training and self.input_dropout > 0
         inputs = F.dropout(hidden_states, self.input_dropout) if drops else hidden_states
-        begins = self.layer_idx == 0 and (state is None or inputs.shape[1] > 1)
-        if begins and not torch.compiler.is_compiling():
+        # A compiler that looked at the index would make a graph for each layer.
+        if not torch.compiler.is_compiling() and self.layer_idx == 0 and (state is None or inputs.shape[1] > 1):
             begin_text(is_long=inputs.shape[1] > 1)
         if state is None:
             state = self.initial_state(inputs)

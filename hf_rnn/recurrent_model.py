@@ -111,7 +111,9 @@ class RecurrentPreTrainedModel(CheckpointFiles, PreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        super()._set_gradient_checkpointing(enable, checkpoint_nested(gradient_checkpointing_func), **kwargs)
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
+            gradient_checkpointing_func = checkpoint_nested(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
 
 def embed_inputs(

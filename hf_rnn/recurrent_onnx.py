@@ -1,4 +1,4 @@
-"""Recurrent layers as nodes of ONNX. Imports the cells and the padding.
+"""Recurrent layers as nodes of ONNX. Imports the cells, what describes them and the padding.
 
 A cell that one of torch's kernels computes becomes one node
 [RNN](https://onnx.ai/onnx/operators/onnx__RNN.html), [GRU](https://onnx.ai/onnx/operators/onnx__GRU.html) or
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .recurrent_cells import RECURRENT_CELLS, RecurrentCell
+from .bare_cells import cell_class_of, make_cell
+from .recurrent_cells import RecurrentCell
 from .recurrent_padding import Padding, gather_positions
 
 
@@ -42,6 +43,7 @@ def in_onnx(
     mask: torch.Tensor | None,
     cell_type: str,
     starts: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """
     What the operator `recurrent_layer` of the same arguments is in ONNX. It reads each row as one text: `starts`, which
@@ -50,9 +52,9 @@ def in_onnx(
     Raises:
         `ValueError`: Units are dropped.
     """
-    cell_class = RECURRENT_CELLS[cell_type]
+    cell_class = cell_class_of(cell_type)
     if kept or cell_class.torch_kernel not in ONNX_NODES:
-        return in_scan(inputs, states, weights, kept, mask, cell_type)  # without `starts`
+        return in_scan(inputs, states, weights, kept, mask, cell_type, None, seed)
     node = ONNX_NODES[cell_class.torch_kernel]
     return _in_node(node, inputs, states, weights, mask, len(cell_class.state_names))
 
@@ -128,6 +130,7 @@ def in_scan(
     mask: torch.Tensor | None,
     cell_type: str,
     starts: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """
     The operator `recurrent_layer` of the same arguments as the cell's own step in a `scan` for each direction. Where
@@ -135,20 +138,21 @@ def in_scan(
     read, from right to left the first one.
 
     Raises:
-        `ValueError`: Units are dropped.
+        `ValueError`: Units are dropped, or the cell draws random numbers.
     """
     if kept:
         raise ValueError("`recurrent_dropout` must be zero for an export, or the model in evaluation mode.")
+    if seed is not None:
+        raise ValueError(f"A cell that draws random numbers cannot be exported, got {cell_type}: try `model.eval()`.")
+    from torch._dynamo import config
     from torch._higher_order_ops import scan  # has no public door
 
-    cell_class = RECURRENT_CELLS[cell_type]
-    num_states = len(cell_class.state_names)
+    cell = make_cell(cell_type, inputs.shape[-1], states[0].shape[-1])
+    num_states = len(cell.state_names)
     num_directions = len(states) // num_states
     num_weights = len(weights) // num_directions
     outputs, final = [], []
     for direction in range(num_directions):
-        with torch.device("meta"):
-            cell = cell_class(inputs.shape[-1], states[0].shape[-1])
         bare = _BareCell(cell, weights[direction * num_weights : (direction + 1) * num_weights])
         # No result of a scan may be one of its arguments, nor may these be one another.
         own_states = states[direction * num_states : (direction + 1) * num_states]
@@ -157,7 +161,7 @@ def in_scan(
         if mask is not None:
             steps["is_token"] = mask.transpose(0, 1).unsqueeze(-1)
         if starts is not None:
-            begins = starts if direction == 0 else torch.nn.functional.pad(starts[:, 1:], (0, 1))
+            begins = starts if direction == 0 else nn.functional.pad(starts, (0, 1))[:, 1:]
             steps["begins"] = begins.transpose(0, 1).unsqueeze(-1)
 
         def step(state, step_inputs, bare=bare, first=first):
@@ -168,7 +172,9 @@ def in_scan(
                 new = [torch.where(step_inputs["is_token"], *pair) for pair in zip(new, state)]
             return list(new), new[0].clone()
 
-        last, shown = scan(step, initial, steps, reverse=direction == 1)
+        # Sizes that differ from scan to scan would become variables of the graph.
+        with config.patch(automatic_dynamic_shapes=False):
+            last, shown = scan(step, initial, steps, reverse=direction == 1)
         outputs.append(shown.transpose(0, 1))
         final.extend(last)
     return [torch.cat(outputs, dim=-1), *final]

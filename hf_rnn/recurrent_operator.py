@@ -2,8 +2,8 @@
 
 A compiler that looked into the loop over time would unroll it, anew for each length. It sees this operator instead,
 with the shapes of its results and its gradient; at run time the operator runs what [`run_sequence`] runs without a
-compiler. In ONNX it becomes one `LSTM`, `GRU` or `RNN` node, or a `Scan`. Imports the cells, the padding and what runs
-them.
+compiler. In ONNX it becomes one `LSTM`, `GRU` or `RNN` node, or a `Scan`. Imports the cells, what describes them, the
+padding and what runs them.
 """
 
 import contextlib
@@ -11,15 +11,17 @@ import hashlib
 import threading
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .fast_paths import autocast_dtype
+from .bare_cells import attributes_of, cell_class_of, describe, effects, make_cell
+from .fast_paths import autocast_dtype, transforms_are_active
+from .higher_derivatives import gradients_with_graph
 from .packed_sequences import PackedPadding
-from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State
+from .recurrent_cells import RecurrentCell, State
 from .recurrent_kernels import run_sequence
 from .recurrent_onnx import in_onnx, in_scan
 from .recurrent_padding import Padding
@@ -27,6 +29,53 @@ from .recurrent_padding import Padding
 
 # A checkpoint that brings its own copy of this file brings its own operators.
 _NAMESPACE = "hf_rnn" if __package__ == "hf_rnn" else f"hf_rnn_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
+
+
+class _Known(NamedTuple):
+    """What a graph is made with; it must not change while the graph is in use."""
+
+    description: str  # empty where the loop is to run in the graph
+    weight_names: list[str]
+    draws: bool  # random numbers
+
+
+def _what_is_known(cell: RecurrentCell) -> _Known:
+    description, found = describe(cell), effects(cell)
+    if not description or found is None or found[1]:
+        return _Known("", [], False)
+    return _Known(description, _layer_for(description, cell.input_size, cell.hidden_size, 1).weight_names[0], found[0])
+
+
+# As methods of cells, on which a compiler can call them; it looks for them by their own names.
+
+
+def _description(cell: RecurrentCell) -> str:
+    return _what_is_known(cell).description
+
+
+def _weight_names(cell: RecurrentCell) -> list[str]:
+    return _what_is_known(cell).weight_names
+
+
+def _draws(cell: RecurrentCell) -> bool:
+    return _what_is_known(cell).draws
+
+
+def _numbers(cell: RecurrentCell) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in attributes_of(cell).items() if isinstance(value, float)]
+
+
+def _others(cell: RecurrentCell) -> list[str]:
+    return [name for name, value in attributes_of(cell).items() if not isinstance(value, float)]
+
+
+for _function in (_description, _weight_names, _draws, _numbers, _others):
+    setattr(RecurrentCell, _function.__name__, torch.compiler.assume_constant_result(_function))
+
+
+@torch.compiler.assume_constant_result
+def _is_transformed() -> bool:
+    return transforms_are_active()
 
 
 def run_sequence_opaquely(
@@ -38,34 +87,40 @@ def run_sequence_opaquely(
     needs_state: bool = True,
     needs_history: bool = False,
 ) -> tuple[torch.Tensor, State, None]:
-    """[`run_sequence`] as one operator in the graph; `needs_history` must be False. Runs the loop in the graph where
-    the cell's class has left the table of cells, by whose name the operator finds it."""
-    # Adapters may have put a parametrized class in the place of the cell's own.
-    cell_class = type_before_parametrizations(cells[0])
-    names = [name for name, known_class in RECURRENT_CELLS.items() if known_class is cell_class]
-    if not names:
+    """
+    [`run_sequence`] as one operator in the graph; `needs_history` must be False. Runs the loop in the graph where the
+    operator would not do the same: the cell cannot be described, a step of it writes to its buffers, or a
+    transformation of functions is to go through it.
+    """
+    # A compiler takes the descriptions for constants. It makes another graph when something changes at which it looked;
+    # numbers would become variables of it, were they not compared.
+    numbers = [attrgetter(name)(cell) == value for cell in cells for name, value in cell._numbers()]
+    others = [attrgetter(name)(cell) is not ... for cell in cells for name in cell._others()]
+    are_known = all(numbers) and all(others)
+    descriptions = [cell._description() for cell in cells]
+    if not are_known or not descriptions[0] or descriptions[0] != descriptions[-1] or _is_transformed():
         return run_sequence(cells, inputs, state, padding, kept, needs_state, needs_history)
-    weight_names = _weight_names(names[0], cells[0].input_size, cells[0].hidden_size, len(cells))
-    weights = [attrgetter(name)(cell) for cell, names_of_cell in zip(cells, weight_names) for name in names_of_cell]
+    weights = [attrgetter(name)(cell) for cell in cells for name in cell._weight_names()]
     tensors = [inputs, *state, *weights, *kept]
-    dtype = autocast_dtype(inputs.device.type) or inputs.dtype
-    inputs, *others = (tensor.to(dtype) for tensor in tensors)
+    dtype = inputs.dtype
+    if dtype != torch.float64:  # which autocast leaves as it is
+        dtype = autocast_dtype(inputs.device.type) or dtype
+    inputs, *others = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
     state, others = others[: len(state)], others[len(state) :]
     weights, kept = others[: len(weights)], others[len(weights) :]
     mask = None if padding is None else padding.mask
     starts = padding.starts if isinstance(padding, PackedPadding) else None
-    outputs, *final = recurrent_layer(inputs, state, weights, kept, mask, names[0], starts)
+    seed = torch.randint(2**63 - 1, (), device="cpu") if cells[0]._draws() else None
+    outputs, *final = recurrent_layer(inputs, state, weights, kept, mask, descriptions[0], starts, seed)
     return outputs, tuple(final), None
 
 
 class _Layer(nn.Module):
     """Cells without weights of their own, to be called with those that the operator was given."""
 
-    def __init__(self, cell_type: str, input_size: int, hidden_size: int, num_directions: int):
+    def __init__(self, description: str, input_size: int, hidden_size: int, num_directions: int):
         super().__init__()
-        with torch.device("meta"):
-            cells = [RECURRENT_CELLS[cell_type](input_size, hidden_size) for _ in range(num_directions)]
-        self.cells = nn.ModuleList(cells)
+        self.cells = nn.ModuleList(make_cell(description, input_size, hidden_size) for _ in range(num_directions))
         # For each cell the names of its parameters, then of its buffers.
         self.weight_names = [
             [name for name, _ in (*cell.named_parameters(), *cell.named_buffers())] for cell in self.cells
@@ -85,26 +140,33 @@ class _Layer(nn.Module):
 _layers = threading.local()
 
 
-def _layer_for(cell_type: str, input_size: int, hidden_size: int, num_directions: int) -> _Layer:
-    key = (RECURRENT_CELLS[cell_type], input_size, hidden_size, num_directions)
+def _layer_for(description: str, input_size: int, hidden_size: int, num_directions: int) -> _Layer:
+    key = (cell_class_of(description), description, input_size, hidden_size, num_directions)
     known = _layers.__dict__.setdefault("known", {})
     if key not in known:
-        known[key] = _Layer(cell_type, *key[1:])
+        known[key] = _Layer(*key[1:])
     return known[key]
 
 
-@torch.compiler.assume_constant_result
-def _weight_names(cell_type: str, input_size: int, hidden_size: int, num_directions: int) -> list[list[str]]:
-    return _layer_for(cell_type, input_size, hidden_size, num_directions).weight_names
+@contextlib.contextmanager
+def _random_numbers_of(seed: torch.Tensor | None, device: torch.device):
+    """Within this context random numbers are those of a seed, in the forward and again in the backward."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed))
+        yield
 
 
-def _run(inputs, states, weights, kept, mask, cell_type: str, starts) -> list[torch.Tensor]:
-    num_directions = len(states) // len(RECURRENT_CELLS[cell_type].state_names)
-    layer = _layer_for(cell_type, inputs.shape[-1], states[0].shape[-1], num_directions)
+def _run(inputs, states, weights, kept, mask, description: str, starts, seed) -> list[torch.Tensor]:
+    num_directions = len(states) // len(cell_class_of(description).state_names)
+    layer = _layer_for(description, inputs.shape[-1], states[0].shape[-1], num_directions)
     padding = Padding.from_attention_mask(mask, inputs)
     if starts is not None and starts.any():
         padding = PackedPadding(starts, None if padding is None else mask)
-    with torch.autocast(inputs.device.type, enabled=False):  # types were settled when the graph was made
+    # Types were settled when the graph was made.
+    with torch.autocast(inputs.device.type, enabled=False), _random_numbers_of(seed, inputs.device):
         return layer.run(weights, inputs, tuple(states), padding, kept)
 
 
@@ -117,6 +179,7 @@ def recurrent_layer(
     mask: torch.Tensor | None,
     cell_type: str,
     starts: torch.Tensor | None,
+    seed: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """
     Args:
@@ -126,37 +189,49 @@ def recurrent_layer(
         weights (`Sequence` of `torch.Tensor`): For each direction the parameters, then the buffers of the cell.
         kept (`Sequence` of `torch.Tensor` of shape `(batch, hidden_size)`): As in [`run_sequence`].
         mask (`torch.Tensor` of shape `(batch, seq)`, *optional*): True where there is a token.
-        cell_type (`str`): The name of the cell in the table of cells.
+        cell_type (`str`): The description of the cell, which is its name in the table of cells and what was set on it.
         starts (`torch.Tensor` of shape `(batch, seq)`, *optional*): True where a text begins behind the first one of
             its row; see [`PackedPadding`].
+        seed (`torch.Tensor` of shape `()`, *optional*): Of the random numbers that the cell draws.
 
     Returns:
         The outputs `(batch, seq, directions * hidden_size)` and the final states.
     """
     # No result may share its memory with another or with an argument.
-    outputs, *final = _run(inputs, states, weights, kept, mask, cell_type, starts)
-    return [outputs.contiguous(), *(states.clone() for states in final)]
+    outputs, *final = _run(inputs, states, weights, kept, mask, cell_type, starts, seed)
+    return [outputs.contiguous(), *(states.clone(memory_format=torch.contiguous_format) for states in final)]
 
 
 @recurrent_layer.register_fake
-def _shapes(inputs, states, weights, kept, mask, cell_type, starts):
-    num_states = len(RECURRENT_CELLS[cell_type].state_names)
+def _shapes(inputs, states, weights, kept, mask, cell_type, starts, seed):
+    num_states = len(cell_class_of(cell_type).state_names)
     width = sum(states.shape[-1] for states in states[::num_states])
-    return [inputs.new_empty(*inputs.shape[:2], width), *(torch.empty_like(state) for state in states)]
+    return [inputs.new_empty(*inputs.shape[:2], width), *(state.new_empty(state.shape) for state in states)]
 
 
-def _run_backward(grad_outputs, inputs, states, weights, kept, mask, cell_type: str, starts) -> list[torch.Tensor]:
-    """The gradients of `inputs`, `states` and `weights`, for which the layer runs once more."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (inputs, *states, *weights)]
-    last_state = len(states) + 1
+def _differentiable(inputs, states, weights) -> list[torch.Tensor]:
+    return [tensor for tensor in (inputs, *states, *weights) if tensor.is_floating_point()]
+
+
+def _run_backward(grad_outputs, inputs, states, weights, kept, mask, cell_type, starts, seed):
+    """The gradients of `inputs`, `states` and those of `weights` that have any, for which the layer runs once more."""
+    leaves = [tensor.detach().requires_grad_() for tensor in _differentiable(inputs, states, weights)]
     with torch.enable_grad():
-        results = _run(leaves[0], leaves[1:last_state], leaves[last_state:], kept, mask, cell_type, starts)
+        results = _run_with(leaves, states, weights, kept, mask, cell_type, starts, seed)
     gradients = torch.autograd.grad(results, leaves, list(grad_outputs), materialize_grads=True)
     return [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients]
 
 
-def _fake_backward(grad_outputs, inputs, states, weights, kept, mask, cell_type, starts):
-    return [inputs.new_empty(tensor.shape) for tensor in (inputs, *states, *weights)]
+def _run_with(leaves, states, weights, *arguments) -> list[torch.Tensor]:
+    """[`_run`] with `leaves` in the place of what has gradients."""
+    inputs, *leaves = leaves
+    states, leaves = leaves[: len(states)], iter(leaves[len(states) :])
+    weights = [next(leaves) if weight.is_floating_point() else weight for weight in weights]
+    return _run(inputs, states, weights, *arguments)
+
+
+def _fake_backward(grad_outputs, inputs, states, weights, kept, mask, cell_type, starts, seed):
+    return [inputs.new_empty(tensor.shape) for tensor in _differentiable(inputs, states, weights)]
 
 
 # Not a `custom_op`, inside which autograd is out of reach.
@@ -164,7 +239,7 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 if not hasattr(getattr(torch.ops, _NAMESPACE), "recurrent_layer_backward"):  # where this file is imported once more
     _library.define(
         "recurrent_layer_backward(Tensor[] grad_outputs, Tensor inputs, Tensor[] states, Tensor[] weights, "
-        "Tensor[] kept, Tensor? mask, str cell_type, Tensor? starts) -> Tensor[]"
+        "Tensor[] kept, Tensor? mask, str cell_type, Tensor? starts, Tensor? seed) -> Tensor[]"
     )
     _library.impl("recurrent_layer_backward", _run_backward, "CompositeExplicitAutograd")
     _library.impl("recurrent_layer_backward", torch.library.fallthrough_kernel, "Autograd")
@@ -173,9 +248,9 @@ recurrent_layer_backward = getattr(torch.ops, _NAMESPACE).recurrent_layer_backwa
 
 
 def _keep_for_backward(ctx, inputs, output):
-    sequence, states, weights, kept, mask, ctx.cell_type, starts = inputs
+    sequence, states, weights, kept, mask, ctx.cell_type, starts, seed = inputs
     ctx.sizes = len(states), len(weights), len(kept)
-    ctx.save_for_backward(sequence, *states, *weights, *kept, mask, starts)
+    ctx.save_for_backward(sequence, *states, *weights, *kept, mask, starts, seed)
 
 
 def _backward(ctx, grad_outputs):
@@ -184,10 +259,20 @@ def _backward(ctx, grad_outputs):
     for size in ctx.sizes:
         groups.append(tensors[:size])
         tensors = tensors[size:]
-    mask, starts = tensors
-    gradients = recurrent_layer_backward(list(grad_outputs), inputs, *groups, mask, ctx.cell_type, starts)
-    last_state = 1 + len(groups[0])
-    return gradients[0], gradients[1:last_state], gradients[last_state:], [None] * len(groups[2]), None, None, None
+    (states, weights, kept), (mask, starts, seed) = groups, tensors
+    arguments = states, weights, kept, mask, ctx.cell_type, starts, seed
+    if torch.is_grad_enabled():  # derivatives of the second order, of which the operator knows nothing
+        leaves = _differentiable(inputs, states, weights)
+        needed = [leaf.requires_grad for leaf in leaves]
+        gradients = gradients_with_graph(
+            lambda *leaves: _run_with(leaves, *arguments), leaves, needed, list(grad_outputs)
+        )
+    else:
+        gradients = recurrent_layer_backward(list(grad_outputs), inputs, *arguments)
+    of_inputs, *gradients = gradients
+    of_states, gradients = gradients[: len(states)], iter(gradients[len(states) :])
+    of_weights = [next(gradients) if weight.is_floating_point() else None for weight in weights]
+    return of_inputs, of_states, of_weights, [None] * len(kept), None, None, None, None
 
 
 recurrent_layer.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -39,7 +39,7 @@ def operator_arguments(cell_type: str, bidirectional: bool, mask: torch.Tensor |
     states = [torch.randn(batch, size, dtype=dtype, requires_grad=True) for size in layer.state_sizes]
     weights = [weight for cell in layer.cells for weight in cell.parameters()]
     kept = [torch.randint(0, 2, (batch, 6)).to(dtype) * 2 for _ in layer.cells] if with_kept else []
-    return inputs, states, weights, kept, None if mask is None else mask.bool(), cell_type, None
+    return inputs, states, weights, kept, None if mask is None else mask.bool(), cell_type, None, None
 
 
 @CELLS
@@ -69,7 +69,7 @@ def test_the_operator_is_the_loop(cell_type, bidirectional):
             def objective(results):
                 return sum((result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum() for result in results)
 
-            actual = recurrent_layer(inputs, states, weights, kept, mask, cell_type, None)
+            actual = recurrent_layer(inputs, states, weights, kept, mask, cell_type, None, None)
             given = torch.autograd.grad(objective(actual), [inputs, *states, *weights])
             with loop_only():
                 outputs, final, _ = layer(inputs, tuple(states), None if mask is None else Padding(mask))
@@ -279,20 +279,86 @@ def test_mixed_precision():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_checkpointed_layers():
-    """Gradient checkpointing within a graph."""
-    model = make_model("RNNForCausalLM").train()
-    inputs = make_inputs("RNNForCausalLM")
-    expected = model(**inputs).loss
-    expected.backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
+@pytest.mark.parametrize("name", ["RNNForCausalLM", "RNNForTokenClassification", "RNNSeq2SeqForConditionalGeneration"])
+def test_checkpointed_layers(name):
+    """Gradient checkpointing within one graph, of long texts too."""
+    model = make_model(name).train()
     model.gradient_checkpointing_enable()
-    loss = torch.compile(model, backend="aot_eager")(**inputs).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for parameter, gradient in zip(model.parameters(), gradients):
-        torch.testing.assert_close(parameter.grad, gradient)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch, seq in [(6, 7), (2, 300)]:
+        compare(model, compiled, make_inputs(name, batch, seq))
+
+
+def test_layers_compiled_one_by_one():
+    """All of one size share their graphs."""
+    model = make_model("RNNForCausalLM", num_hidden_layers=10, embedding_size=6).train()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend=backend)
+    for batch, seq in [(6, 7), (5, 8), (4, 12)]:
+        model(**make_inputs("RNNForCausalLM", batch, seq)).loss.backward()
+    assert len(graphs) == 2
+
+
+def test_transformed_functions():
+    """Forward derivatives and gradients of each text, within graphs."""
+    model, tokens = make_model("RNNForCausalLM"), make_tokens(3, 5)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def logits(weights, tokens=tokens):
+        return torch.func.functional_call(model, weights, (tokens,), {"use_cache": False}).logits
+
+    def derivative(weights):
+        return torch.func.jvp(logits, (weights,), ({name: weight.cos() for name, weight in weights.items()},))[1]
+
+    def gradients(weights):
+        of_text = torch.func.grad(lambda weights, text: logits(weights, text[None]).square().sum())
+        return torch.func.vmap(of_text, (None, 0))(weights, tokens)
+
+    for function in (derivative, gradients):
+        actual = torch.compile(function, fullgraph=True, backend="aot_eager")(weights)
+        torch.testing.assert_close(actual, function(weights))
+
+
+@DIRECTIONS
+def test_second_derivatives(bidirectional):
+    """Where a backend leaves the backward to autograd, and of an exported program."""
+    model = make_model("RNNModel", bidirectional=bidirectional).train()
+    embeddings = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
+
+    class OfEmbeddings(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, embeddings):
+            return self.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+
+    module = OfEmbeddings()
+
+    def results(run):
+        (gradient,) = torch.autograd.grad(run(embeddings).square().sum(), embeddings, create_graph=True)
+        found = torch.autograd.grad(gradient.square().sum(), list(run.parameters()), allow_unused=True)
+        return gradient, {name: value for (name, _), value in zip(run.named_parameters(), found)}
+
+    expected = results(module)
+    torch.testing.assert_close(results(torch.export.export(module, (embeddings,), strict=False).module()), expected)
+    gradient, found = results(torch.compile(module, backend="eager"))
+    found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+    torch.testing.assert_close((gradient, found), expected)
+
+
+def test_alignments_in_a_cold_graph():
+    name = "RNNSeq2SeqForConditionalGeneration"
+    model, inputs = make_model(name).train(), make_inputs(name)
+    inputs["alignments"] = torch.rand(6, inputs["labels"].shape[1], 7, dtype=torch.float64)
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    torch.testing.assert_close(loss, model(**inputs).loss)
 
 
 def test_state_goes_in_and_out():

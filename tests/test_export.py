@@ -7,15 +7,18 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.cells import LayerNormLSTMCell
 from hf_rnn import RECURRENT_CELLS, RNNConfig, RNNForCausalLM
 from hf_rnn.__main__ import main
 from hf_rnn.export import export_model, load, package, runner
 from hf_rnn.export.graphs import make_graphs
 from hf_rnn.export.onnx_files import share_weights, to_exported_program
-from hf_rnn.recurrent_cells import RecurrentCell
+from hf_rnn.recurrent_cells import LSTMCell, RecurrentCell
 from matrix import EOS, MODEL_CLASSES, WORDS, make_inputs, make_mask, make_model, make_tokens
+from test_gates import MinimalGatedCell
 
 
 UNSEEN_SIZES = [(1, 1), (2, 9), (5, 1), (7, 23)]  # 3 x 4 are traced
@@ -247,6 +250,37 @@ def test_a_cell_that_onnx_does_not_know_becomes_a_scan(tmp_path, monkeypatch):
         inputs = {"input_ids": make_tokens(batch, length), "attention_mask": ragged_mask(batch, length)}
         result = load(tmp_path / "model")(**as_numpy(inputs))["logits"]
         torch.testing.assert_close(torch.from_numpy(result), model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+class PeepholeCell(LSTMCell):
+    """Two gates see the cell state."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.to_input = nn.Parameter(torch.full((hidden_size,), 0.3))
+        self.to_forget = nn.Parameter(torch.full((hidden_size,), -0.2))
+
+    def step(self, projected, state, linear=F.linear):
+        hidden, cell = state
+        gates = projected + linear(hidden, self.weight_hh, self.bias_hh)
+        input_gate, forget_gate, new, output_gate = gates.chunk(4, dim=-1)
+        kept = torch.sigmoid(forget_gate + self.to_forget * cell) * cell
+        cell = kept + torch.sigmoid(input_gate + self.to_input * cell) * torch.tanh(new)
+        return torch.sigmoid(output_gate) * torch.tanh(cell), cell
+
+
+def test_added_cells_in_one_process(tmp_path, monkeypatch):
+    """Equations after those of another model, and parts that are initialised in place."""
+    needs_onnx()
+    for cell_class in (MinimalGatedCell, PeepholeCell, LayerNormLSTMCell):
+        name = cell_class.__name__
+        monkeypatch.setitem(RECURRENT_CELLS, name, cell_class)
+        model = make_model("RNNForCausalLM", dtype=torch.float32, cell_type=name)
+        export_model(model, tmp_path / name)
+        for batch, length in UNSEEN_SIZES:
+            tokens = make_tokens(batch, length)
+            logits, _ = load(tmp_path / name)(tokens.numpy())
+            torch.testing.assert_close(torch.from_numpy(logits), model(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_eight_bit_weights_cost_little_quality(tmp_path):

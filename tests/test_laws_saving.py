@@ -691,6 +691,7 @@ INDEPENDENT = {
 
 
 RUNNING = {
+    "bare_cells",
     "crf",
     "crf_operators",
     "packed_sequences",

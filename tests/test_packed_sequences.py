@@ -286,8 +286,8 @@ def test_the_operator(cell_type, bidirectional, mask):
     states = [torch.randn(2, size, dtype=torch.float64, requires_grad=True) for size in layer.state_sizes]
     weights = [weight for cell in layer.cells for weight in cell.parameters()]
     mask = None if mask is None else mask.bool()
-    opcheck(recurrent_layer, (inputs, states, weights, [], mask, cell_type, starts))
-    outputs, *final = recurrent_layer(inputs, states, weights, [], mask, cell_type, starts)
+    opcheck(recurrent_layer, (inputs, states, weights, [], mask, cell_type, starts, None))
+    outputs, *final = recurrent_layer(inputs, states, weights, [], mask, cell_type, starts, None)
     with loop_only():
         expected, last, _ = layer(inputs, tuple(states), PackedPadding(starts, mask))
     for pair in zip([outputs, *final], [expected, *last], strict=True):

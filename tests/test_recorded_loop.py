@@ -225,6 +225,27 @@ def test_several_forwards_before_a_backward():
 
 
 @AS_THEY_ARE
+def test_what_is_set_on_a_cell(monkeypatch):
+    """Another recording, not the one of before."""
+
+    class Scaled(LSTMCell):
+        scale = 1.0
+
+        def step(self, projected, state, linear=F.linear):
+            hidden, cell = super().step(projected, state, linear)
+            return self.scale * hidden, cell
+
+    monkeypatch.setitem(RECURRENT_CELLS, "scaled", Scaled)
+    model, inputs = make_model("scaled"), make_inputs()
+    for scale in (1.0, 0.5):
+        for layer in model.layers:
+            layer.cell.scale = scale
+        for _ in range(4):
+            assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+    assert num_pieces() > 0
+
+
+@AS_THEY_ARE
 def test_room_is_given_back():
     """A forward without a backward gives its room back, too."""
     model = make_model("layer_norm").train()
