@@ -116,7 +116,10 @@ class MixedPrecisionArguments:
 
 @dataclass
 class ScriptTrainingArguments(MixedPrecisionArguments):
-    """To be put before `TrainingArguments`: defaults that all scripts share, for small recurrent models on a CPU."""
+    """
+    To be put before `TrainingArguments`: defaults that all scripts share, for small recurrent models on a CPU. Without
+    training `eval_strategy` is `"no"`, as there may be no validation data, and `do_eval` is as it was given.
+    """
 
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a folder that is not empty."})
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
@@ -131,6 +134,11 @@ class ScriptTrainingArguments(MixedPrecisionArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint."})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
+
+    def __post_init__(self):
+        if not self.do_train:
+            self.eval_strategy, self.load_best_model_at_end = "no", False
+        super().__post_init__()
 
 
 @dataclass

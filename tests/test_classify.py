@@ -344,8 +344,8 @@ def scores_of(folder) -> dict:
     return json.loads((folder / "all_results.json").read_text())
 
 
-def test_classes(tmp_path):
-    """Trains, saves, loads, judges, draws and predicts; what was saved is what a pipeline loads."""
+def test_classes(tmp_path, capsys):
+    """Trains, saves, loads, judges, draws and predicts; what was saved is what a pipeline loads, and predicts alone."""
     train, dev = (
         write(tmp_path / "train.tsv", table(colour_rows(240))),
         write(tmp_path / "dev.tsv", table(colour_rows(60, 1))),
@@ -376,6 +376,9 @@ def test_classes(tmp_path):
     output = run("classify.py", again, do_train="false", model_name_or_path=out, test_file=dev, predict_file=new)
     assert scores_of(again)["test_accuracy"] == scores["test_accuracy"]
     assert (again / "predictions.tsv").read_text() == (out / "predictions.tsv").read_text()
+    options = ("--do_train", "false", "--model_name_or_path", out, "--predict_file", new)
+    assert run_main(classify, *options, "--output_dir", tmp_path / "alone", capsys=capsys)[0] is None
+    assert (tmp_path / "alone" / "predictions.tsv").read_text() == (out / "predictions.tsv").read_text()
     refused = run("classify.py", out, status=2, **files, **TINY)
     assert refused.count("error:") == 1
     assert "--resume_from_checkpoint" in refused

@@ -414,7 +414,6 @@ class TestArguments:
         model, data, training = parse_arguments(types, [str(path), "--hidden_size", "64", "--do_train", "false"])
         assert (model.hidden_size, data.train_file, training.learning_rate) == (64, "x.tsv", 0.01)
         assert not training.do_train
-        assert training.load_best_model_at_end
 
         with pytest.raises(UsageError, match="unknown options hiden_size"):
             parse_arguments(types, [str(write(tmp_path / "typo.json", '{"hiden_size": 3}'))])
@@ -563,3 +562,12 @@ def test_processes_without_a_gpu(arguments_class, bf16, tmp_path, monkeypatch):
     """Several processes share the data only where they know that a CPU is meant, whatever the precision."""
     monkeypatch.setattr(training_helpers.torch.accelerator, "is_available", lambda: False)
     assert arguments_class(str(tmp_path), bf16=bf16).use_cpu
+
+
+@pytest.mark.parametrize("arguments_class", SCRIPT_ARGUMENTS)
+def test_without_training_there_may_be_no_validation_data(arguments_class, tmp_path):
+    """An `eval_strategy` would need them, and would also turn `do_eval` on."""
+    training = arguments_class(str(tmp_path))
+    assert (training.eval_strategy, training.load_best_model_at_end) == ("epoch", True)
+    using = arguments_class(str(tmp_path), do_train=False, do_eval=False)
+    assert (using.eval_strategy, using.load_best_model_at_end, using.do_eval) == ("no", False, False)
