@@ -427,7 +427,8 @@ def report(
     with open(Path(args.output_dir) / "test_predictions.conll", "w", encoding="utf-8") as file:
         for sentence, (tags, intent) in zip(sentences, results):
             if intent is not None:
-                file.write(f"# intent = {sentence.intent} predicted = {intent}\n")
+                given = "" if sentence.intent is None else f"intent = {sentence.intent} "
+                file.write(f"# {given}predicted = {intent}\n")
             file.writelines(f"{word}\t{tag}\t{own}\n" for word, tag, own in zip(sentence.words, sentence.tags, tags))
             file.write("\n")
     if is_entity_scheme(labels):

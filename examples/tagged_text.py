@@ -8,9 +8,10 @@ The kind of a file follows from its name, with or without a final `.gz`:
 | `X.conll`, `X.tsv`, `X.bio`, `X.iob2`, `X.txt` | lines with the word first and the tag last, up to a blank line |
 | `X.jsonl`, `X.json`, `X.ndjson` | a line with a JSON object: words and tags, or a text with spans |
 
-Fields of CoNLL files are parted by tabs, or by white space where a line has no tab. `word_column` and `tag_column` name
+Fields of CoNLL files are parted by tabs, or by spaces where a line has no tab. `word_column` and `tag_column` name
 other ones, counted from 1 (of CoNLL-U also `upos`, `xpos`). Comments and the multiword and empty tokens of CoNLL-U are
-left out, as are `-DOCSTART-` lines.
+left out, as are `-DOCSTART-` lines. A line `# intent = ...` before the words of a sentence, as `tag.py` writes it, has
+its intent.
 
 A JSON object has the lists `tokens` (or `words`) and `tags` (or `labels`, `ner_tags`, `pos_tags`), or `text` and
 `slots` (or `entities`, `spans`): a list of `{"start": ..., "end": ..., "label": ...}` in characters, from which tags
@@ -34,6 +35,8 @@ CONLL_SUFFIXES = (".conll", ".tsv", ".bio", ".iob2", ".txt")
 WORDS = ("tokens", "words")
 TAGS = ("tags", "labels", "ner_tags", "pos_tags")
 SPANS = ("slots", "entities", "spans")
+# What `tag.py` writes before a sentence: its intent, if it has one, and the predicted one.
+INTENT_LINE = re.compile(r"# intent = (.+?)(?: predicted = .+)?|# predicted = .+")
 
 
 class Sentence(NamedTuple):
@@ -134,15 +137,19 @@ def _column(path: str | Path, column: str | None, default: int) -> int:
 def _conll_sentences(
     path: str | Path, word_column: int, tag_column: int, is_conllu: bool, needs_tags: bool
 ) -> Iterator[tuple[int, Sentence]]:
-    words, tags, first = [], [], None
+    words, tags, intent, first = [], [], None, None
     for number, line in read_lines(path):
         line = line.removesuffix("\n").removesuffix("\r")
         if not line.strip():
             if words:
-                yield first, Sentence(words, tags if len(tags) == len(words) else None)
-            words, tags, first = [], [], None
+                yield first, Sentence(words, tags if len(tags) == len(words) else None, intent)
+            words, tags, intent, first = [], [], None, None
             continue
-        fields = line.split("\t") if "\t" in line else line.split()
+        if not words and (found := INTENT_LINE.fullmatch(line)):
+            intent = found[1]
+            continue
+        # Only at spaces: a no-break space belongs to its word.
+        fields = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
         if (is_conllu and (line.startswith("#") or "-" in fields[0] or "." in fields[0])) or fields[0] == "-DOCSTART-":
             continue
         needed = max(word_column, tag_column if needs_tags else 0, 10 if is_conllu else 2 if needs_tags else 1)
@@ -160,7 +167,7 @@ def _conll_sentences(
         elif needs_tags:
             raise DataError(path, number, "there is no tag at this word")
     if words:
-        yield first, Sentence(words, tags if len(tags) == len(words) else None)
+        yield first, Sentence(words, tags if len(tags) == len(words) else None, intent)
 
 
 def _json_sentences(
@@ -213,13 +220,17 @@ def _tags_of_spans(
     text: str, spans: Any, path: str | Path, number: int, split: Split
 ) -> tuple[list[str], list[str] | None]:
     """The words of a text, cut where spans begin and end, and their tags by these; of no spans at all None."""
+    if not isinstance(spans, list | None):
+        raise DataError(path, number, f"spans must be a list, found {spans!r}")
     places = []
-    for span in [] if spans is None else spans:
+    for span in spans or []:
         try:
             start, end, label = span["start"], span["end"], str(span["label"])
-            places.append((int(start), int(end), label))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError):
             raise DataError(path, number, f"a span must have start, end and label, found {span!r}") from None
+        if type(start) is not int or type(end) is not int:
+            raise DataError(path, number, f"start and end of a span must be whole numbers, found {span!r}")
+        places.append((start, end, label))
         if not 0 <= start < end <= len(text):
             raise DataError(path, number, f"a span from {start} to {end} in a text of {len(text)} characters")
     places.sort()

@@ -53,6 +53,20 @@ def test_conll(tmp_path):
     assert read_sentences(path) == [Sentence(["a b", "c"], ["X", "Y"])]
     path = write(tmp_path / "c.conll", "just\nwords\n")
     assert read_sentences(path, needs_tags=False) == [Sentence(["just", "words"], None)]
+    path = write(tmp_path / "d.conll", " 10\u00a0000  CD O\n")
+    assert read_sentences(path) == [Sentence(["10\u00a0000"], ["O"])]
+
+
+def test_intents_of_conll(tmp_path):
+    """In the lines that tag.py writes before a sentence; a word `#` is one."""
+    text = "# intent = go\n#\tO\nhome\tO\n\n# intent = go on predicted = stop\n# O\n\n# predicted = go\nnow O\n"
+    assert read_sentences(write(tmp_path / "a.conll", text)) == [
+        Sentence(["#", "home"], ["O", "O"], "go"),
+        Sentence(["#"], ["O"], "go on"),
+        Sentence(["now"], ["O"]),
+    ]
+    path = write(tmp_path / "b.conllu", "# intent = say\n" + CONLLU)
+    assert [sentence.intent for sentence in read_sentences(path)] == ["say", None]
 
 
 def test_json_lines(tmp_path):
@@ -88,6 +102,10 @@ def test_json_lines(tmp_path):
         ("a.jsonl", '{"sentence": "a"}', "a.jsonl:1: no field"),
         ("a.jsonl", '{"text": "ab", "slots": [{"start": 0, "end": 3, "label": "x"}]}', "a span from 0 to 3"),
         ("a.jsonl", '{"text": "ab", "slots": [{"start": 0, "label": "x"}]}', "a span must have start, end and label"),
+        ("a.jsonl", '{"text": "ab", "slots": [{"start": "0", "end": 1, "label": "x"}]}', "must be whole numbers"),
+        ("a.jsonl", '{"text": "ab", "slots": [{"start": 0, "end": 1.5, "label": "x"}]}', "must be whole numbers"),
+        ("a.jsonl", '{"text": "ab", "slots": [3]}', "a span must have start, end and label"),
+        ("a.jsonl", '{"text": "ab", "slots": 5}', "a.jsonl:1: spans must be a list, found 5"),
         ("a.jsonl", '{"tokens": ["a"], "tags": ["O"], "intent": 3}', "field 'intent' is not text but int"),
         (
             "a.jsonl",
