@@ -509,7 +509,9 @@ def report(
         else:
             said = f"{found[0]['label']} {found[0]['score']:.2f}"
         mark = "" if problem_type == REGRESSION else "right, " if answers[index] == wanted[index] else "wrong, "
-        say(f"{texts[index][:200]}\n    {said}   ({mark}{wanted[index] if wanted[index] else 'none'})")
+        # A number may be 0, but a list of labels empty.
+        right = "none" if wanted[index] == [] else wanted[index]
+        say(f"{texts[index][:200]}\n    {said}   ({mark}{right})")
 
     if problem_type == SINGLE:
         matrix = confusion_matrix(logits.argmax(-1), labels, len(names))

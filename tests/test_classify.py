@@ -430,9 +430,12 @@ def test_numbers(tmp_path):
         embedding_dropout=0,
         classifier_dropout=0,
         pooling="mean",
+        num_samples_to_show=30,
         **TINY | {"num_train_epochs": 6},
     )
     assert "Every text gets a number." in output
+    assert "(0.0)" in output
+    assert "(none)" not in output
     scores = scores_of(out)
     assert scores["test_pearson"] > 0.9
     assert scores["test_mean_squared_error"] == pytest.approx(scores["eval_loss"], abs=1e-3)
