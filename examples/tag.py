@@ -44,7 +44,7 @@ from hf_rnn.training import (
     set_word_table,
     whole_words,
 )
-from tagged_text import Sentence, read_sentences, sentences_from_hub
+from tagged_text import Sentence, Split, read_sentences, sentences_from_hub
 from text_pairs import DataError, read_lines
 from training_helpers import (
     DEFAULT_DATA,
@@ -161,14 +161,14 @@ def load_sentences(args: DataArguments, training: bool, seed: int) -> dict[str, 
     """
     given = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     splits = [split for split in given if training or split != "train"]
-    sentences = {}
+    sentences, split_text = {}, make_split()
     if args.dataset_name is not None:
         if any(given.values()):
             raise UsageError("--dataset_name and --*_file exclude each other")
         for split in splits:
             try:
                 sentences[split] = sentences_from_hub(
-                    args.dataset_name, args.dataset_config_name, split, args.word_column, args.tag_column
+                    args.dataset_name, args.dataset_config_name, split, args.word_column, args.tag_column, split_text
                 )
             except DataError:
                 if split == "train" or (split == "validation" and not training):
@@ -178,11 +178,6 @@ def load_sentences(args: DataArguments, training: bool, seed: int) -> dict[str, 
             given |= {split: str(path) for split, path in DEFAULT_FILES.items()}
         if training and given["train"] is None:
             raise UsageError("there is no --train_file to train on (--do_train false tags without training)")
-        tokenizer = make_word_tokenizer().backend_tokenizer
-
-        def split_text(text: str) -> list[tuple[int, int]]:
-            return [span for _, span in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-
         for split in splits:
             if given[split] is not None:
                 sentences[split] = read_sentences(given[split], args.word_column, args.tag_column, split=split_text)
@@ -206,9 +201,34 @@ def load_sentences(args: DataArguments, training: bool, seed: int) -> dict[str, 
             chosen = sorted(rng.choice(len(sentences[split]), limit, replace=False))
             sentences[split] = [sentences[split][index] for index in chosen]
     if args.lower_case:
-        for split, rows in sentences.items():
-            sentences[split] = [row._replace(words=[word.lower() for word in row.words]) for row in rows]
+        sentences = {split: in_lower_case(rows) for split, rows in sentences.items()}
     return sentences
+
+
+def load_sentences_to_tag(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> list[Sentence]:
+    """The sentences of the `predict_file`, read as the others are; plain text is parted by the tokenizer."""
+    path = args.predict_file
+    if path.lower().removesuffix(".gz").endswith(".txt"):
+        tokenize = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+        texts = [line.strip() for _, line in read_lines(path) if line.strip()]
+        words = [[text[start:end] for _, (start, end) in tokenize(text)] for text in texts]
+        sentences = [Sentence(row, None) for row in words if row]
+    else:
+        sentences = read_sentences(path, args.word_column, needs_tags=False, split=make_split())
+    if not sentences:
+        raise DataError(path, None, "no sentences in this file")
+    return in_lower_case(sentences) if args.lower_case else sentences
+
+
+def make_split() -> Split:
+    """Parts texts that come with spans into words, as the tokenizer of words does."""
+    pre_tokenizer = make_word_tokenizer().backend_tokenizer.pre_tokenizer
+    return lambda text: [span for _, span in pre_tokenizer.pre_tokenize_str(text)]
+
+
+def in_lower_case(sentences: Sequence[Sentence]) -> list[Sentence]:
+    """The sentences in small letters."""
+    return [sentence._replace(words=[word.lower() for word in sentence.words]) for sentence in sentences]
 
 
 def label_names(sentences: Sequence[Sentence]) -> list[str]:
@@ -438,17 +458,10 @@ def report(
     return {f"test_{name}": round(value, 4) for name, value in scores.items()}
 
 
-def predict(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TaggingArguments) -> None:
-    """Tags the sentences of a file and writes them as `predictions.conll` into the output folder."""
-    if path.lower().removesuffix(".gz").endswith(".txt"):
-        tokenize = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
-        texts = [line.strip() for _, line in read_lines(path) if line.strip()]
-        words = [[text[start:end] for _, (start, end) in tokenize(text)] for text in texts]
-        sentences = [Sentence(row, None) for row in words if row]
-    else:
-        sentences = read_sentences(path, needs_tags=False)
-    if not sentences:
-        raise DataError(path, None, "no sentences in this file")
+def predict(
+    sentences: Sequence[Sentence], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TaggingArguments
+) -> None:
+    """Tags sentences and writes them as `predictions.conll` into the output folder."""
     results = tag_sentences(model, tokenizer, sentences, args.per_device_eval_batch_size)
     out = Path(args.output_dir) / "predictions.conll"
     with open(out, "w", encoding="utf-8") as file:
@@ -518,7 +531,7 @@ def main() -> int | None:
         trainer.save_metrics("test", metrics)
         show(sentences["test"][: data_args.num_samples_to_show], model, tokenizer)
     if data_args.predict_file is not None:
-        predict(data_args.predict_file, model, tokenizer, training_args)
+        predict(load_sentences_to_tag(data_args, tokenizer), model, tokenizer, training_args)
     say(f"Model, scores and tags: {training_args.output_dir}")
     return None
 

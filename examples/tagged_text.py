@@ -103,12 +103,17 @@ def read_sentences(
 
 
 def sentences_from_hub(
-    name: str, config_name: str | None, split: str, word_column: str | None, tag_column: str | None
+    name: str,
+    config_name: str | None,
+    split: str,
+    word_column: str | None,
+    tag_column: str | None,
+    split_text: Split = split_at_spaces,
 ) -> list[Sentence]:
     """
     Sentences of one split of a data set of the Hub (or a local folder that `datasets` can load), with columns named as
-    in JSON objects. Tags that are numbers get the names that the data set has for them. Raises `DataError` where the
-    data set, the split or a column does not exist.
+    in JSON objects, and texts that come with spans parted by `split_text`. Tags that are numbers get the names that the
+    data set has for them. Raises `DataError` where the data set, the split or a column does not exist.
     """
     dataset = load_hub_split(name, config_name, split)
     names = {}
@@ -120,7 +125,7 @@ def sentences_from_hub(
     for number, row in enumerate(dataset, start=1):
         for column, to_name in names.items():
             row[column] = to_name(row[column])
-        sentences.append(_sentence_of(row, f"{name} ({split})", number, word_column, tag_column, split_at_spaces))
+        sentences.append(_sentence_of(row, f"{name} ({split})", number, word_column, tag_column, split_text))
     return sentences
 
 

@@ -4,8 +4,12 @@ import gzip
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
+import tag
+from hf_rnn import RNNConfig
+from hf_rnn.training import first_continuation_id, make_word_tokenizer
 from tag import is_entity_scheme, score_tags
 from tagged_text import Sentence, read_sentences
 from test_examples import run
@@ -230,3 +234,64 @@ def test_what_tag_refuses(tmp_path, options, message):
     output = run("tag.py", tmp_path / "out", status=2, **options)
     assert message.lower() in output.lower()
     assert output.count("error:") == 1
+
+
+LABELS = ["O", "B-colour", "B-food", "I-food"]
+
+
+@pytest.fixture
+def tagger(tmp_path):
+    """The folder of a tiny model of colours, food and two intents, which has learned nothing."""
+    tokenizer = make_word_tokenizer()
+    config = RNNConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=4,
+        embedding_size=4,
+        word_encoder="cnn",
+        word_encoder_size=4,
+        first_continuation_id=first_continuation_id(tokenizer),
+        bidirectional=True,
+        use_crf=True,
+        pooling="max",
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: index for index, name in enumerate(LABELS)},
+        id2intent={0: "eat", 1: "paint"},
+    )
+    torch.manual_seed(0)
+    AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "tagger")
+    tokenizer.save_pretrained(tmp_path / "tagger")
+    return tmp_path / "tagger"
+
+
+def use(tagger, output_dir, capsys, **options) -> str:
+    """What examples/tag.py prints, in this process, that tags with a model or trains it further."""
+    options = {"do_train": "false", "model_name_or_path": tagger, "output_dir": output_dir, **options}
+    with pytest.MonkeyPatch.context() as patch:
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        patch.setattr("sys.argv", ["tag.py", *words])
+        assert tag.main() is None
+    return capsys.readouterr().out
+
+
+def test_sentences_to_tag_are_read_as_others(tagger, tmp_path, capsys):
+    """Texts in the same words, by the same columns and in small letters: the tags that they get as test data."""
+    rows = [
+        {"text": "Don't paint U2's hall, please!", "slots": [{"start": 12, "end": 14, "label": "food"}]},
+        {"text": "EAT figs.", "slots": []},
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    use(tagger, tmp_path / "out", capsys, test_file=path, predict_file=path, lower_case="true", num_samples_to_show=0)
+    tested = read_sentences(tmp_path / "out" / "test_predictions.conll")
+    assert [row.words for row in tested][1] == ["eat", "figs", "."]
+    predicted = read_sentences(tmp_path / "out" / "predictions.conll")
+    assert [row[:2] for row in predicted] == [row[:2] for row in tested]
+
+    path = write(tmp_path / "b.conllu", CONLLU)
+    use(tagger, tmp_path / "lemmas", capsys, predict_file=path, word_column="lemma")
+    assert read_sentences(tmp_path / "lemmas" / "predictions.conll")[0].words == ["I", "be", "here"]
+    path = write(tmp_path / "c.txt", "Eat\n")
+    use(tagger, tmp_path / "texts", capsys, predict_file=path, lower_case="true")
+    (sentence,) = read_sentences(tmp_path / "texts" / "predictions.conll")
+    assert sentence.words == ["eat"]
+    assert sentence.intent in ("eat", "paint")
