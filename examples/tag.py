@@ -6,13 +6,15 @@
 
 Words are spelled in bytes: a convolution or a recurrence over them makes a vector of each word, beside the embedding of
 the word where it is frequent (`--word_encoder`, `--min_word_count`). Files are read as `tagged_text.py` says. Tags that
-begin with `B-` and `I-` are scored as entities (seqeval), others by accuracy. The output folder gets the model with its
-tokenizer, checkpoints, scores (`all_results.json`), and the tags of the test data (`test_predictions.conll`).
+begin with `B-` and `I-` are scored as entities (seqeval), others by accuracy; what the training data lack counts as an
+error. The output folder gets the model with its tokenizer, checkpoints, scores (`all_results.json`), and the tags of
+the test data (`test_predictions.conll`) and of a `--predict_file` (`predictions.conll`).
 """
 
 import json
 import time
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,29 +245,48 @@ def intent_names(sentences: Sequence[Sentence]) -> list[str]:
 
 
 def encode(sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Dataset:
-    """Token ids, and for the first token of each word its label; `intents` where the model has any, and `length`."""
+    """
+    Token ids, and for the first token of each word its label; `intents` where the model has any, `length`, and the
+    places of these first tokens, `word_starts`. Tags and intents that the model does not know are no labels.
+    """
     label2id = model.config.label2id
     intent2id = {name: index for index, name in (getattr(model.config, "id2intent", None) or {}).items()}
     # White space within a word would part it.
     words = [["".join(word.split()) or "?" for word in sentence.words] for sentence in sentences]
     encoded = whole_words(tokenizer)(words, is_split_into_words=True)
-    labels = []
+    labels, word_starts = [], []
     for index, sentence in enumerate(sentences):
-        row, before = [], None
-        for word in encoded.word_ids(index):
-            is_first = word is not None and word != before
-            row.append(label2id.get(sentence.tags[word], 0) if is_first and sentence.tags else IGNORED)
-            before = word
+        starts: dict[int, int] = {}
+        for place, word in enumerate(encoded.word_ids(index)):
+            if word is not None:
+                starts.setdefault(word, place)
+        row = [IGNORED] * len(encoded["input_ids"][index])
+        for word, place in starts.items() if sentence.tags else ():
+            row[place] = label2id.get(sentence.tags[word], IGNORED)
         labels.append(row)
+        word_starts.append([starts.get(word) for word in range(len(sentence.words))])
     columns = {
         "input_ids": encoded["input_ids"],
         "attention_mask": encoded["attention_mask"],
         "labels": labels,
         "length": [len(sentence.words) for sentence in sentences],
+        "word_starts": word_starts,
     }
     if intent2id:
-        columns["intents"] = [intent2id.get(sentence.intent, 0) for sentence in sentences]
+        columns["intents"] = [intent2id.get(sentence.intent, IGNORED) for sentence in sentences]
     return Dataset.from_dict(columns)
+
+
+def say_what_is_unknown(split: str, sentences: Sequence[Sentence], model: PreTrainedModel) -> None:
+    """Names the tags and intents that the model cannot predict, and how often they occur."""
+    tags = Counter(tag for sentence in sentences for tag in sentence.tags)
+    intents = Counter(sentence.intent for sentence in sentences if sentence.intent is not None)
+    known_intents = (getattr(model.config, "id2intent", None) or {}).values()
+    for what, counts, known in (("tags", tags, model.config.label2id), ("intents", intents, known_intents)):
+        unknown = [f"{name} ({count})" for name, count in counts.most_common() if name not in known]
+        if unknown and known:
+            names = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+            say(f"Warning: {len(unknown)} {what} of the {split} data are unknown to the model, so errors: {names}")
 
 
 def make_model(
@@ -375,24 +396,54 @@ def score_tags(predicted: list[list[str]], right: list[list[str]], labels: Seque
     return scores | {"score": scores.get("f1", scores["accuracy"])}
 
 
-def make_metrics(model: PreTrainedModel):
-    """What `Trainer` scores an evaluation with."""
-    id2label = model.config.id2label
+def score_sentences(
+    sentences: Sequence[Sentence], results: Sequence[tuple[list[str], str | None]], labels: Sequence[str]
+) -> dict[str, float]:
+    """Scores of the tags, and of the intents of the sentences that have one, alone and together with their tags."""
+    scores = score_tags([tags for tags, _ in results], [sentence.tags for sentence in sentences], labels)
+    pairs = [
+        (intent == sentence.intent, tags == sentence.tags)
+        for sentence, (tags, intent) in zip(sentences, results, strict=True)
+        if sentence.intent is not None and intent is not None
+    ]
+    if pairs:
+        scores["intent_accuracy"] = 100 * float(np.mean([is_right for is_right, _ in pairs]))
+        scores["whole_accuracy"] = 100 * float(np.mean([all(pair) for pair in pairs]))
+    return scores
+
+
+def all_labels(model: PreTrainedModel, sentences: Sequence[Sentence]) -> list[str]:
+    """The tags of a model and of data."""
+    return sorted({*model.config.id2label.values(), *label_names(sentences)})
+
+
+def tags_of_words(labels: Any, word_starts: Sequence[int | None], model: PreTrainedModel) -> list[str]:
+    """The tags of words by the labels of the tokens of a text; `O` for a word that has no token."""
+    return ["O" if place is None else model.config.id2label[int(labels[place])] for place in word_starts]
+
+
+def make_metrics(
+    sentences: Sequence[Sentence], data: Dataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """What `Trainer` scores an evaluation with, which compares with the sentences: labels lack what is unknown."""
+    labels, id2intent = all_labels(model, sentences), getattr(model.config, "id2intent", None)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        outputs, labels = prediction.predictions, prediction.label_ids
-        intents = None
-        if isinstance(labels, tuple):
-            (outputs, intent_outputs), (labels, intents) = outputs, labels
-        right = [[id2label[i] for i in row[row != IGNORED].tolist()] for row in labels]
-        predicted = [[id2label[i] for i in row[wanted].tolist()] for row, wanted in zip(outputs, labels != IGNORED)]
-        scores = score_tags(predicted, right, list(id2label.values()))
-        if intents is not None:
-            is_right = intent_outputs == intents
-            scores["intent_accuracy"] = 100 * float(is_right.mean())
-            whole = [good and first == second for good, first, second in zip(is_right, predicted, right)]
-            scores["whole_accuracy"] = 100 * float(np.mean(whole))
-        return scores
+        # In the order of the sampler, which groups by length; sentences of the same tokens have the same results.
+        encoded: dict[tuple[int, ...], list[tuple[Sentence, list[int | None]]]] = defaultdict(list)
+        for ids, *pair in zip(data["input_ids"], sentences, data["word_starts"]):
+            encoded[tuple(ids)].append(pair)
+        outputs, intents = prediction.predictions, None
+        if isinstance(outputs, tuple):
+            outputs, intents = outputs
+        read, results = [], []
+        for index, ids in enumerate(prediction.inputs):
+            is_token = (ids >= 0) & (ids != tokenizer.pad_token_id)
+            sentence, word_starts = encoded[tuple(ids[is_token].tolist())].pop()
+            intent = None if intents is None else id2intent[int(intents[index])]
+            read.append(sentence)
+            results.append((tags_of_words(outputs[index][is_token], word_starts, model), intent))
+        return score_sentences(read, results, labels)
 
     return compute_metrics
 
@@ -410,21 +461,19 @@ def tag_sentences(
 ) -> list[tuple[list[str], str | None]]:
     """The tags of the words of each sentence, and its intent where the model has any."""
     model.eval()
-    # With the label 0 at the first token of every word, whatever tags there are.
-    marked = [sentence._replace(tags=[model.config.id2label[0]] * len(sentence.words)) for sentence in sentences]
-    columns = encode(marked, tokenizer, model).to_dict()
-    ids, first = columns["input_ids"], columns["labels"]
+    data = encode(sentences, tokenizer, model).to_dict()
+    ids, word_starts = data["input_ids"], data["word_starts"]
     results: dict[int, tuple[list[str], str | None]] = {}
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     for start in tqdm(range(0, len(order), batch_size), desc="tagging", unit=" batches"):
         batch = order[start : start + batch_size]
-        inputs = tokenizer.pad({"input_ids": [ids[index] for index in batch]}, return_tensors="pt")
-        outputs = model(**inputs.to(model.device))
-        tags, intents = outputs.logits.argmax(-1), getattr(outputs, "intent_logits", None)
+        inputs = tokenizer.pad({"input_ids": [ids[index] for index in batch]}, return_tensors="pt").to(model.device)
+        outputs = model(**inputs)
+        labels, intents = outputs.logits.argmax(-1), getattr(outputs, "intent_logits", None)
         for row, index in enumerate(batch):
-            found = [model.config.id2label[tags[row, i].item()] for i, label in enumerate(first[index]) if label == 0]
+            tags = tags_of_words(labels[row][inputs["attention_mask"][row].bool()].tolist(), word_starts[index], model)
             intent = None if intents is None else model.config.id2intent[intents[row].argmax().item()]
-            results[index] = found, intent
+            results[index] = tags, intent
     return [results[index] for index in range(len(ids))]
 
 
@@ -435,14 +484,8 @@ def report(
     started = time.perf_counter()
     results = tag_sentences(model, tokenizer, sentences, args.per_device_eval_batch_size)
     seconds = time.perf_counter() - started
-    predicted, right = [tags for tags, _ in results], [sentence.tags for sentence in sentences]
-    labels = sorted({*model.config.id2label.values(), *(tag for tags in right for tag in tags)})
-    scores = score_tags(predicted, right, labels)
-    if any(intent is not None for _, intent in results):
-        good = [intent == sentence.intent for (_, intent), sentence in zip(results, sentences)]
-        scores["intent_accuracy"] = 100 * float(np.mean(good))
-        whole = [first and tags == sentence.tags for first, (tags, _), sentence in zip(good, results, sentences)]
-        scores["whole_accuracy"] = 100 * float(np.mean(whole))
+    labels = all_labels(model, sentences)
+    scores = score_sentences(sentences, results, labels)
     scores |= {"samples": len(sentences), "sentences_per_second": len(sentences) / seconds}
     with open(Path(args.output_dir) / "test_predictions.conll", "w", encoding="utf-8") as file:
         for sentence, (tags, intent) in zip(sentences, results):
@@ -451,7 +494,9 @@ def report(
                 file.write(f"# {given}predicted = {intent}\n")
             file.writelines(f"{word}\t{tag}\t{own}\n" for word, tag, own in zip(sentence.words, sentence.tags, tags))
             file.write("\n")
-    if is_entity_scheme(labels):
+    predicted, right = [tags for tags, _ in results], [sentence.tags for sentence in sentences]
+    has_entities = any(tag != "O" for tags in predicted + right for tag in tags)
+    if is_entity_scheme(labels) and has_entities:
         from seqeval.metrics import classification_report
 
         say(classification_report(right, predicted, digits=3, zero_division=0))
@@ -497,15 +542,23 @@ def main() -> int | None:
     say(f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.config.num_labels} tags")
     has_intents = getattr(model.config, "id2intent", None) is not None
     training_args.label_names = ["labels", "intents"] if has_intents else ["labels"]
+    for split in ("validation", "test"):
+        if split in sentences and (split == "validation" or sentences["test"] is not sentences["validation"]):
+            say_what_is_unknown(split, sentences[split], model)
+    data = {split: encode(rows, tokenizer, model) for split, rows in sentences.items() if split != "test"}
+    compute_metrics = None
+    if "validation" in data:
+        training_args.include_for_metrics = [*training_args.include_for_metrics, "inputs"]
+        compute_metrics = make_metrics(sentences["validation"], data["validation"], tokenizer, model)
     stop = StopOnSignal()
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=encode(sentences["train"], tokenizer, model) if training else None,
-        eval_dataset=encode(sentences["validation"], tokenizer, model) if "validation" in sentences else None,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
         data_collator=TokenCollator(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=make_metrics(model),
+        compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=best_labels,
         callbacks=[stop, SeedSamplerByEpoch()],
     )

@@ -295,3 +295,52 @@ def test_sentences_to_tag_are_read_as_others(tagger, tmp_path, capsys):
     (sentence,) = read_sentences(tmp_path / "texts" / "predictions.conll")
     assert sentence.words == ["eat"]
     assert sentence.intent in ("eat", "paint")
+
+
+@pytest.mark.parametrize("use_crf", [True, False])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_what_the_model_does_not_know_is_an_error(use_crf, padding_side, tagger, tmp_path, capsys):
+    """Its tags and intents are scored by their own names, as in the file of predictions, and named once."""
+    AutoTokenizer.from_pretrained(tagger, padding_side=padding_side).save_pretrained(tagger)
+    config = RNNConfig.from_pretrained(tagger, use_crf=use_crf)
+    model = AutoModelForTokenClassification.from_config(config)
+    # All words are outside of entities, and everyone wants to paint.
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([9.0, 0.0, 0.0, 0.0])
+    torch.nn.init.zeros_(model.intent_classifier.weight)
+    model.intent_classifier.bias.data = torch.tensor([0.0, 9.0])
+    model.save_pretrained(tagger)
+    rows = [
+        {"tokens": ["call", "Bob", "Lee"], "tags": ["O", "B-person", "I-person"], "intent": "call"},
+        {"tokens": ["paint", "it"], "tags": ["O", "O"], "intent": "paint"},
+        {"tokens": ["a", "fig"], "tags": ["O", "B-food"]},
+        {"tokens": ["paint", "it"], "tags": ["O", "B-person"], "intent": "paint"},
+        {"tokens": ["please", "wait", "a", "little"], "tags": ["O"] * 4, "intent": "wait"},
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    output = use(tagger, tmp_path / "out", capsys, test_file=path, per_device_eval_batch_size=2, num_samples_to_show=0)
+    warnings = [line for line in output.splitlines() if line.startswith("Warning: ")]
+    assert warnings == [
+        "Warning: 2 tags of the validation data are unknown to the model, so errors: B-person (2), I-person (1)",
+        "Warning: 2 intents of the validation data are unknown to the model, so errors: call (1), wait (1)",
+    ]
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    for split in ("eval", "test"):
+        assert results[f"{split}_accuracy"] == pytest.approx(100 * 9 / 13, abs=1e-3)
+        assert results[f"{split}_f1"] == 0
+        # Of the four sentences that have an intent.
+        assert results[f"{split}_intent_accuracy"] == 50
+        assert results[f"{split}_whole_accuracy"] == 25
+    assert read_sentences(tmp_path / "out" / "test_predictions.conll", tag_column="2") == read_sentences(path)
+
+
+def test_scores_without_an_entity(tagger, tmp_path, capsys):
+    """Neither in the data nor in what is predicted."""
+    model = AutoModelForTokenClassification.from_pretrained(tagger)
+    model.classifier.bias.data = torch.tensor([99.0, 0.0, 0.0, 0.0])
+    model.save_pretrained(tagger)
+    path = write(tmp_path / "a.conll", "go O\n\ngo O\non O\n")
+    use(tagger, tmp_path / "out", capsys, test_file=path, num_samples_to_show=0)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert (results["test_accuracy"], results["test_f1"]) == (100, 0)
+    assert "test_intent_accuracy" not in results
