@@ -24,10 +24,12 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -289,24 +291,35 @@ def say_what_is_unknown(split: str, sentences: Sequence[Sentence], model: PreTra
             say(f"Warning: {len(unknown)} {what} of the {split} data are unknown to the model, so errors: {names}")
 
 
+def make_label_fields(
+    sentences: Sequence[Sentence], config: PreTrainedConfig | None, use_intents: bool
+) -> dict[str, dict[Any, Any]]:
+    """
+    The fields of a configuration for the tags and intents of training data, where that of the model to train further
+    does not know all of them already.
+    """
+    fields: dict[str, dict[Any, Any]] = {}
+    labels, intents = label_names(sentences), intent_names(sentences) if use_intents else []
+    if config is None or not set(labels) <= set(config.label2id):
+        fields["id2label"] = dict(enumerate(labels))
+        fields["label2id"] = {name: i for i, name in enumerate(labels)}
+    if not set(intents) <= set((getattr(config, "id2intent", None) or {}).values()):
+        fields["id2intent"] = dict(enumerate(intents))
+    return fields
+
+
 def make_model(
     args: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     sentences: dict[str, list[Sentence]],
-    use_intents: bool,
+    label_fields: dict[str, dict[Any, Any]],
 ) -> PreTrainedModel:
-    """The model to train further, or a new one with the fields of `args` and the labels of the training data."""
-    if args.model_name_or_path is not None and "train" not in sentences:
-        return load_pretrained(AutoModelForTokenClassification, args.model_name_or_path)
-    labels = label_names(sentences["train"])
-    fields: dict[str, Any] = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {name: i for i, name in enumerate(labels)},
-    }
-    if use_intents and (intents := intent_names(sentences["train"])):
-        fields["id2intent"] = dict(enumerate(intents))
+    """The model of `args`, with a head for these labels where it had others, or a new one with the fields of `args`."""
     if args.model_name_or_path is not None:
-        return load_pretrained(AutoModelForTokenClassification, args.model_name_or_path, **fields)
+        return load_pretrained(
+            AutoModelForTokenClassification, args.model_name_or_path, ignore_mismatched_sizes=True, **label_fields
+        )
+    fields: dict[str, Any] = dict(label_fields)
     not_in_config = (
         "model_name_or_path",
         "tokenizer_name",
@@ -536,9 +549,12 @@ def main() -> int | None:
     set_seed(training_args.seed)
     sentences = load_sentences(data_args, training, training_args.seed)
     say(" · ".join(f"{split} {len(rows)} sentences" for split, rows in sentences.items()))
+    name = model_args.model_name_or_path
+    config = None if name is None else load_pretrained(AutoConfig, name)
+    label_fields = make_label_fields(sentences["train"], config, data_args.use_intents) if training else {}
     checkpoint = checkpoint_to_resume(training_args) if training else None
     tokenizer = make_tokenizer(model_args, training_args, checkpoint, make_word_tokenizer)
-    model = make_model(model_args, tokenizer, sentences, data_args.use_intents)
+    model = make_model(model_args, tokenizer, sentences, label_fields)
     say(f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.config.num_labels} tags")
     has_intents = getattr(model.config, "id2intent", None) is not None
     training_args.label_names = ["labels", "intents"] if has_intents else ["labels"]
@@ -573,7 +589,7 @@ def main() -> int | None:
     trainer.accelerator.wait_for_everyone()
     if training_args.process_index != 0:
         return None
-    name = training_args.output_dir if training else model_args.model_name_or_path
+    name = training_args.output_dir if training else name
     model = AutoModelForTokenClassification.from_pretrained(name).to(training_args.device)
     if training:
         tokenizer = AutoTokenizer.from_pretrained(name)

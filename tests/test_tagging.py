@@ -344,3 +344,35 @@ def test_scores_without_an_entity(tagger, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert (results["test_accuracy"], results["test_f1"]) == (100, 0)
     assert "test_intent_accuracy" not in results
+
+
+def test_trained_further(tagger, tmp_path, capsys):
+    """With tags and intents that the model knows as it is, with others with a new head; the layers are kept."""
+    config = RNNConfig.from_pretrained(tagger)
+    before = AutoModelForTokenClassification.from_pretrained(tagger).state_dict()
+    rows = [
+        {"tokens": ["eat", "a", "fig"], "tags": ["O", "O", "B-food"], "intent": "eat"},
+        {"tokens": ["eat", "it"], "tags": ["O", "O"], "intent": "eat"},
+    ]
+    options = {"do_train": "true", "num_train_epochs": 1, "learning_rate": 1e-9, "num_samples_to_show": 0}
+    path = write(tmp_path / "known.jsonl", "\n".join(map(json.dumps, rows)))
+    files = {"train_file": path, "validation_file": path}
+    use(tagger, tmp_path / "known", capsys, **files, **options)
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "known")
+    assert (model.config.id2label, model.config.id2intent) == (config.id2label, config.id2intent)
+    assert model.state_dict().keys() == before.keys()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6, msg=name)
+
+    rows[1] = {"tokens": ["eat", "now"], "tags": ["O", "B-time"], "intent": "hurry"}
+    rows += [rows[0] | {"intent": "sleep"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    use(tagger, tmp_path / "other", capsys, **files, **options)
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "other")
+    assert model.config.id2label == {0: "O", 1: "B-food", 2: "B-time"}
+    assert model.config.id2intent == {0: "eat", 1: "hurry", 2: "sleep"}
+    assert (model.classifier.out_features, model.intent_classifier.out_features) == (3, 3)
+    for name, weight in model.state_dict().items():
+        if name.startswith("model."):
+            torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6, msg=name)
+        assert weight.isfinite().all()
