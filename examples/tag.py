@@ -540,6 +540,25 @@ def show(sentences: Sequence[Sentence], model: PreTrainedModel, tokenizer: PreTr
         say(f"\n{text}\n  {' '.join(groups)}")
 
 
+def check_label_smoothing(
+    args: TaggingArguments,
+    model_args: ModelArguments,
+    config: PreTrainedConfig | None,
+    label_fields: dict[str, dict[Any, Any]],
+) -> None:
+    """
+    Raises `UsageError` where the Trainer, which smooths labels in place of the model's own loss, would leave out the
+    random field and the intents.
+    """
+    use_crf = model_args.use_crf if config is None else getattr(config, "use_crf", False)
+    has_intents = "id2intent" in label_fields or bool(getattr(config, "id2intent", None))
+    if args.label_smoothing_factor != 0 and (use_crf or has_intents):
+        raise UsageError(
+            "--label_smoothing_factor must be 0 for models with a random field (--use_crf) or intents (--use_intents), "
+            f"got {args.label_smoothing_factor}"
+        )
+
+
 def main() -> int | None:
     arguments = parse_arguments((ModelArguments, DataArguments, TaggingArguments))
     model_args, data_args, training_args = arguments
@@ -552,6 +571,7 @@ def main() -> int | None:
     name = model_args.model_name_or_path
     config = None if name is None else load_pretrained(AutoConfig, name)
     label_fields = make_label_fields(sentences["train"], config, data_args.use_intents) if training else {}
+    check_label_smoothing(training_args, model_args, config, label_fields)
     checkpoint = checkpoint_to_resume(training_args) if training else None
     tokenizer = make_tokenizer(model_args, training_args, checkpoint, make_word_tokenizer)
     model = make_model(model_args, tokenizer, sentences, label_fields)

@@ -14,6 +14,7 @@ from tag import is_entity_scheme, score_tags
 from tagged_text import Sentence, read_sentences
 from test_examples import run
 from text_pairs import DataError
+from training_helpers import UsageError
 
 
 CONLLU = """# text = I'm here
@@ -264,9 +265,9 @@ def tagger(tmp_path):
     return tmp_path / "tagger"
 
 
-def use(tagger, output_dir, capsys, **options) -> str:
-    """What examples/tag.py prints, in this process, that tags with a model or trains it further."""
-    options = {"do_train": "false", "model_name_or_path": tagger, "output_dir": output_dir, **options}
+def run_here(output_dir, capsys, **options) -> str:
+    """What examples/tag.py prints, in this process."""
+    options = {"output_dir": output_dir, "num_samples_to_show": 0, **options}
     with pytest.MonkeyPatch.context() as patch:
         words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
         patch.setattr("sys.argv", ["tag.py", *words])
@@ -280,18 +281,19 @@ def test_sentences_to_tag_are_read_as_others(tagger, tmp_path, capsys):
         {"text": "Don't paint U2's hall, please!", "slots": [{"start": 12, "end": 14, "label": "food"}]},
         {"text": "EAT figs.", "slots": []},
     ]
+    loaded = {"do_train": "false", "model_name_or_path": tagger}
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    use(tagger, tmp_path / "out", capsys, test_file=path, predict_file=path, lower_case="true", num_samples_to_show=0)
+    run_here(tmp_path / "out", capsys, **loaded, test_file=path, predict_file=path, lower_case="true")
     tested = read_sentences(tmp_path / "out" / "test_predictions.conll")
     assert [row.words for row in tested][1] == ["eat", "figs", "."]
     predicted = read_sentences(tmp_path / "out" / "predictions.conll")
     assert [row[:2] for row in predicted] == [row[:2] for row in tested]
 
     path = write(tmp_path / "b.conllu", CONLLU)
-    use(tagger, tmp_path / "lemmas", capsys, predict_file=path, word_column="lemma")
+    run_here(tmp_path / "lemmas", capsys, **loaded, predict_file=path, word_column="lemma")
     assert read_sentences(tmp_path / "lemmas" / "predictions.conll")[0].words == ["I", "be", "here"]
     path = write(tmp_path / "c.txt", "Eat\n")
-    use(tagger, tmp_path / "texts", capsys, predict_file=path, lower_case="true")
+    run_here(tmp_path / "texts", capsys, **loaded, predict_file=path, lower_case="true")
     (sentence,) = read_sentences(tmp_path / "texts" / "predictions.conll")
     assert sentence.words == ["eat"]
     assert sentence.intent in ("eat", "paint")
@@ -318,7 +320,8 @@ def test_what_the_model_does_not_know_is_an_error(use_crf, padding_side, tagger,
         {"tokens": ["please", "wait", "a", "little"], "tags": ["O"] * 4, "intent": "wait"},
     ]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    output = use(tagger, tmp_path / "out", capsys, test_file=path, per_device_eval_batch_size=2, num_samples_to_show=0)
+    loaded = {"do_train": "false", "model_name_or_path": tagger}
+    output = run_here(tmp_path / "out", capsys, **loaded, test_file=path, per_device_eval_batch_size=2)
     warnings = [line for line in output.splitlines() if line.startswith("Warning: ")]
     assert warnings == [
         "Warning: 2 tags of the validation data are unknown to the model, so errors: B-person (2), I-person (1)",
@@ -340,7 +343,7 @@ def test_scores_without_an_entity(tagger, tmp_path, capsys):
     model.classifier.bias.data = torch.tensor([99.0, 0.0, 0.0, 0.0])
     model.save_pretrained(tagger)
     path = write(tmp_path / "a.conll", "go O\n\ngo O\non O\n")
-    use(tagger, tmp_path / "out", capsys, test_file=path, num_samples_to_show=0)
+    run_here(tmp_path / "out", capsys, do_train="false", model_name_or_path=tagger, test_file=path)
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert (results["test_accuracy"], results["test_f1"]) == (100, 0)
     assert "test_intent_accuracy" not in results
@@ -354,10 +357,10 @@ def test_trained_further(tagger, tmp_path, capsys):
         {"tokens": ["eat", "a", "fig"], "tags": ["O", "O", "B-food"], "intent": "eat"},
         {"tokens": ["eat", "it"], "tags": ["O", "O"], "intent": "eat"},
     ]
-    options = {"do_train": "true", "num_train_epochs": 1, "learning_rate": 1e-9, "num_samples_to_show": 0}
+    options = {"model_name_or_path": tagger, "num_train_epochs": 1, "learning_rate": 1e-9}
     path = write(tmp_path / "known.jsonl", "\n".join(map(json.dumps, rows)))
     files = {"train_file": path, "validation_file": path}
-    use(tagger, tmp_path / "known", capsys, **files, **options)
+    run_here(tmp_path / "known", capsys, **files, **options)
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "known")
     assert (model.config.id2label, model.config.id2intent) == (config.id2label, config.id2intent)
     assert model.state_dict().keys() == before.keys()
@@ -367,7 +370,7 @@ def test_trained_further(tagger, tmp_path, capsys):
     rows[1] = {"tokens": ["eat", "now"], "tags": ["O", "B-time"], "intent": "hurry"}
     rows += [rows[0] | {"intent": "sleep"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    use(tagger, tmp_path / "other", capsys, **files, **options)
+    run_here(tmp_path / "other", capsys, **files, **options)
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "other")
     assert model.config.id2label == {0: "O", 1: "B-food", 2: "B-time"}
     assert model.config.id2intent == {0: "eat", 1: "hurry", 2: "sleep"}
@@ -376,3 +379,16 @@ def test_trained_further(tagger, tmp_path, capsys):
         if name.startswith("model."):
             torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6, msg=name)
         assert weight.isfinite().all()
+
+
+def test_labels_that_cannot_be_smoothed(tagger, tmp_path, capsys):
+    """The Trainer would train without the random field and the intents; nothing is written."""
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, made_rows(8))))
+    files = {"train_file": path, "validation_file": path}
+    for options in ({"use_crf": "true", "use_intents": "false"}, {"use_crf": "false"}, {"model_name_or_path": tagger}):
+        options = options | {"label_smoothing_factor": 0.1, **files}
+        with pytest.raises(UsageError, match=r"--label_smoothing_factor must be 0 .* got 0\.1"):
+            run_here(tmp_path / "out", capsys, **options)
+    assert not (tmp_path / "out").exists()
+    options = {"use_crf": "false", "use_intents": "false", "label_smoothing_factor": 0.1, "num_train_epochs": 1}
+    run_here(tmp_path / "out", capsys, **files, **options)
