@@ -249,7 +249,8 @@ def intent_names(sentences: Sequence[Sentence]) -> list[str]:
 def encode(sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Dataset:
     """
     Token ids, and for the first token of each word its label; `intents` where the model has any, `length`, and the
-    places of these first tokens, `word_starts`. Tags and intents that the model does not know are no labels.
+    places of these first tokens, `word_starts`. Tags and intents that the model does not know are no labels: words with
+    such a tag are left out of the chain of a random field in the Trainer's evaluations, though not in the report.
     """
     label2id = model.config.label2id
     intent2id = {name: index for index, name in (getattr(model.config, "id2intent", None) or {}).items()}
