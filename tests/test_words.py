@@ -1,5 +1,7 @@
 """Models of words that are spelled in tokens: against the equations, and the table of known words, its tokenizer."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -270,6 +272,20 @@ def test_the_tokenizer(tmp_path):
             "Zoë did n't pay Mr. O ' Neil $ 3.50 in the U.S. , he said ... ( see http://a.b/c?d=1) 日本 ## x"
         )
         assert tokenizer.unk_token_id not in ids
+
+
+def test_words_are_split_in_linear_time():
+    """Long runs without white space, addresses among them."""
+    tokenizer = make_word_tokenizer()
+    start = time.perf_counter()
+    for run in ("a@", "!@", "!-", "a.", "n'", "1,", "&a", "a@b.c!"):
+        tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(run * 1500)
+    assert time.perf_counter() - start < 2
+    for text, words in (
+        ("(a@b.de), a.b@c@d.e:8 @a@b.c", ["(a@b.de", ")", ",", "a.b@c@d.e", ":", "8", "@a@b.c"]),
+        ("a@.b a@b.c@d a@b", ["a", "@", ".", "b", "a@b.c", "@", "d", "a", "@", "b"]),
+    ):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]).split() == words
 
 
 def test_whole_words():

@@ -15,9 +15,10 @@ PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # with 
 CONTINUATION = "##"
 
 # Close to the words of treebanks: addresses, short forms and their dots, n't and 's apart, numbers with their dots.
-# Signs of one kind stay together, others stand alone.
+# Signs of one kind stay together, others stand alone. Linear in time: an address begins behind white space, and only
+# the first @ behind its first character is tried.
 WORD_PATTERN = (
-    r"https?://\S+|www\.\S+|\S+@\S+\.\w+"
+    r"https?://\S+|www\.\S+|(?<!\S)\S[^\s@]*@\S+\.\w+"
     r"|\p{L}+(?=n['’]t\b)|n['’]t\b|['’](?:s|S|m|d|ll|re|ve)\b"
     r"|(?:\p{L}\.){2,}|(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|etc|No|Inc|Co|Corp|Ltd|Gen|Sen|Rep|Gov|Prof)\."
     r"|\p{N}+(?:[.,:]\p{N}+)*|[\p{L}\p{M}\p{N}_]+(?:&\p{L}+)*"
