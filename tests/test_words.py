@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 from hf_rnn import RNNConfig, RNNForCausalLM, RNNForMaskedLM, RNNForTokenClassification, RNNModel
 from hf_rnn.training import (
@@ -272,6 +272,36 @@ def test_the_tokenizer(tmp_path):
             "Zoë did n't pay Mr. O ' Neil $ 3.50 in the U.S. , he said ... ( see http://a.b/c?d=1) 日本 ## x"
         )
         assert tokenizer.unk_token_id not in ids
+
+
+def test_tokens_are_decoded_as_bytes():
+    """Whatever bytes and special tokens follow each other, with a space before each that continues no word."""
+    tokenizer = make_word_tokenizer()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): bytes([byte]) for byte in printable}
+    byte_of |= {chr(256 + index): bytes([byte]) for index, byte in enumerate(others)}
+    for row in torch.randint(0, len(tokenizer), (300, 6), generator=torch.Generator().manual_seed(0)).tolist():
+        parts = []
+        for token in tokenizer.convert_ids_to_tokens(row):
+            space = b"" if token.startswith("##") and len(token) > 2 else b" "
+            character = token.removeprefix("##") if space == b"" else token
+            parts.append(space + byte_of.get(character, character.encode()))
+        assert tokenizer.decode(row) == b"".join(parts).decode(errors="replace").removeprefix(" ")
+
+
+def test_words_that_a_pipeline_found(tmp_path):
+    """In any script they are those of the text, one by one and together."""
+    make_word_tokenizer().save_pretrained(tmp_path)
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), make_tagger(id2label={0: "O", 1: "B-x", 2: "I-x"})
+    text = "She met Zoë Łuk in Zürich , a 東京 and 本 ##ab 😀"
+    words = text.replace("##ab", "## ab").split()
+    for label, expected in ((1, words), (2, [" ".join(words)])):
+        with torch.no_grad():
+            model.classifier.bias.copy_(100.0 * (torch.arange(3) == label))
+        for strategy in ("first", "average", "max"):
+            tag = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy=strategy)
+            assert [found["word"] for found in tag(text)] == expected
 
 
 def test_words_are_split_in_linear_time():

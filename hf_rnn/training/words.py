@@ -13,6 +13,7 @@ from ..word_encoder import WordTable, find_words
 
 PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # with the ids 0 to 3
 CONTINUATION = "##"
+BYTE = "[!-~¡-¬®-\u0143]"  # a character of `ByteLevel.alphabet()`
 
 # Close to the words of treebanks: addresses, short forms and their dots, n't and 's apart, numbers with their dots.
 # Signs of one kind stay together, others stand alone. Linear in time: an address begins behind white space, and only
@@ -30,12 +31,14 @@ _FOLDED = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ123456789", "abcdefghijklmnop
 
 
 def make_word_tokenizer(split: str = "words") -> PreTrainedTokenizerFast:
-    """
+    r"""
     A tokenizer whose tokens are the bytes of words, for [`RNNConfig`] with a `word_encoder`.
 
     There is nothing to train and no unknown token: the first byte of a word is one of 256 tokens, any other byte one of
     256 further ones, which begin with `##`. To collators, `Trainer` and pipelines these are sub-words as those of
-    BERT: `word_ids()` tells the words, and `aggregation_strategy="first"` reads their labels.
+    BERT: `word_ids()` tells the words, and `aggregation_strategy="first"` reads their labels. (Pipelines decode the
+    `word` that they return twice, and a word that is one letter such as `é` looks like the token of a byte: it comes
+    out as `\ufffd`. `start` and `end` are right.)
 
     Args:
         split (`str`, *optional*, defaults to `"words"`):
@@ -62,8 +65,10 @@ def make_word_tokenizer(split: str = "words") -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(
         [
-            decoders.Replace(Regex(f"^(?!{CONTINUATION})(?=.)"), "Ġ"),  # stands for a space
-            decoders.Replace(Regex(f"^{CONTINUATION}"), ""),
+            # What is not the token of a byte stays text: special tokens, and words that pipelines decode a second time.
+            decoders.Replace(Regex(rf"\A(?!(?:{CONTINUATION})?{BYTE}\z)(?=.)"), " "),
+            decoders.Replace(Regex(rf"\A(?={BYTE}\z)"), "Ġ"),  # a space, spelled as a byte
+            decoders.Replace(Regex(rf"\A{CONTINUATION}(?={BYTE}\z)"), ""),
             decoders.ByteLevel(),
             decoders.Strip(" ", left=1, right=0),
         ]
