@@ -119,6 +119,8 @@ def _signed(number: int) -> int:
 # without their order.
 KEY_POWERS = tuple(_signed(pow(6364136223846793005, exponent, 2**64)) for exponent in range(64))
 
+NO_KEY = torch.iinfo(torch.long).max  # in places of a table that no word has
+
 
 class WordTable(nn.Module):
     r"""
@@ -142,13 +144,29 @@ class WordTable(nn.Module):
         self.word_dropout = word_dropout
         self.embed_words = nn.Embedding(num_words, embedding_size)
         # No word is known, no token has another one.
-        self.register_buffer("keys", torch.full((num_words - 1,), torch.iinfo(torch.long).max))
+        self.register_buffer("keys", torch.full((num_words - 1,), NO_KEY))
         self.register_buffer("folded", torch.arange(vocab_size))
 
     def init_weights(self, config) -> None:
         """As it was made, for a table that comes from the meta device."""
-        init.constant_(self.keys, torch.iinfo(torch.long).max)
+        init.constant_(self.keys, NO_KEY)
         init.copy_(self.folded, torch.arange(len(self.folded), device=self.folded.device))
+
+    @torch.no_grad()
+    def know(self, keys: torch.Tensor) -> None:
+        """
+        Makes the words with these keys `[words]`, in ascending order, the known ones. Those that were known before keep
+        their embeddings; new ones get those that no word has, at last those of words that are no longer known.
+        """
+        known, number = int((self.keys < NO_KEY).sum()), len(self.keys)
+        rows = self.find(keys).tolist()
+        taken = set(rows)
+        left = iter([row for row in (*range(known + 1, number + 1), *range(1, known + 1)) if row not in taken])
+        rows = [row or next(left) for row in rows]
+        weight = self.embed_words.weight
+        weight[1:] = weight[[*rows, *left]]
+        self.keys.fill_(NO_KEY)
+        self.keys[: len(keys)] = keys
 
     def word_keys(self, tokens: torch.Tensor, words: Words) -> torch.Tensor:
         """The numbers `[batch, words]` by which the words of rows of `tokens` `[batch, seq]` are known."""

@@ -373,6 +373,36 @@ def test_a_table_of_words(tmp_path):
     assert torch.equal(made.model.word_encoder.table.embed_words.weight[0], before[0])
 
 
+def test_a_table_that_is_set_again():
+    """Words that stay known keep their embeddings, new ones get others, and no embedding is lost."""
+    tokenizer, model = make_word_tokenizer(), make_tagger()
+    table = model.model.word_encoder.table
+
+    def embeddings_of(words: list[str]) -> torch.Tensor:
+        ids = tokenizer(" ".join(words), return_tensors="pt")["input_ids"]
+        return table(ids, find_words(ids, model.config.first_continuation_id))[0]
+
+    made = table.embed_words.weight.clone()
+    known = ["eat", "a", "plum", "pear"]
+    set_word_table(model, tokenizer, known)
+    assert torch.equal(table.embed_words.weight, made)
+    expected = embeddings_of(known)
+    for new in (["fig"], ["fig", "red", "kiwi"], ["fig", "red", "kiwi", "date"]):
+        words = [*new, "plum", "eat", "a"]
+        vectors = torch.full((len(words), 3), float("nan"))
+        vectors[0] = 7.0
+        set_word_table(model, tokenizer, words, vectors)
+        assert torch.equal(embeddings_of(["eat", "a", "plum"]), expected[:3])
+        assert torch.equal(embeddings_of(["fig"]), torch.full((1, 3), 7.0))
+        assert len(embeddings_of(words).unique(dim=0)) == len(words)
+        others = embeddings_of(new[1:3])
+        assert not (others.unsqueeze(1) == expected).any()
+        assert all((made == other).all(1).any() for other in others)
+    set_word_table(model, tokenizer, ["a"])
+    assert torch.equal(embeddings_of(["a"]), expected[1:2])
+    assert torch.equal(embeddings_of(["eat"]), made[:1])
+
+
 def test_a_long_word_and_a_full_table():
     """Words longer than the powers of the key; the last key of the table; words of every length are told apart."""
     tokenizer = make_word_tokenizer()

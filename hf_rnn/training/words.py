@@ -132,7 +132,8 @@ def set_word_table(
     vectors: torch.Tensor | None = None,
 ) -> int:
     """
-    Makes words known to a model with a `word_encoder` and a `word_vocab_size`.
+    Makes words known to a model with a `word_encoder` and a `word_vocab_size`, in the place of those that were known.
+    Words that are known already keep their embeddings.
 
     Args:
         model (`PreTrainedModel`): The model, or a head on it.
@@ -140,7 +141,7 @@ def set_word_table(
         words (`Sequence[str]`): The words, fewer than `word_vocab_size`, with the most important ones first. What the
             tokenizer takes for several words is left out.
         vectors (`torch.Tensor` of shape `(len(words), word_embedding_size)`, *optional*):
-            Their embeddings, such as pretrained ones; rows of NaN leave the embedding as it is.
+            Their embeddings, such as pretrained ones; rows of NaN leave the embedding of a word as it is.
 
     Returns:
         `int`: How many words are known.
@@ -173,8 +174,7 @@ def set_word_table(
             if number == 1:
                 keys.setdefault(key, index)
     order = sorted(keys)
-    table.keys.fill_(torch.iinfo(torch.long).max)
-    table.keys[: len(order)] = torch.tensor(order, dtype=torch.long, device=device)
+    table.know(torch.tensor(order, dtype=torch.long, device=device))
     if vectors is not None:
         rows = vectors[[keys[key] for key in order]].to(table.embed_words.weight)
         old = table.embed_words.weight[1 : 1 + len(order)]
