@@ -53,7 +53,7 @@ from .recurrent_model import (
     vocabulary_projection,
 )
 from .recurrent_stack import run_layers
-from .word_encoder import WordEncoder, Words, find_words
+from .word_encoder import WordEncoder, Words, WordTable, find_words
 
 
 logger = logging.get_logger(__name__)
@@ -113,6 +113,14 @@ class RNNPreTrainedModel(RecurrentPreTrainedModel):
         "hidden_states": hidden_states_recorder("num_hidden_states"),
         "gates": OutputRecorder(GateValues),
     }
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers; a table of words goes with the vocabulary."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, WordTable):
+                module.resize_vocabulary(self.config.vocab_size)
+        return embeddings
 
 
 class RNNModel(RNNPreTrainedModel):

@@ -152,6 +152,11 @@ class WordTable(nn.Module):
         init.constant_(self.keys, NO_KEY)
         init.copy_(self.folded, torch.arange(len(self.folded), device=self.folded.device))
 
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """For another number of tokens, of which new ones have no other one."""
+        tokens = torch.arange(vocab_size, device=self.folded.device)
+        self.folded = torch.cat([self.folded[:vocab_size], tokens[len(self.folded) :]])
+
     @torch.no_grad()
     def know(self, keys: torch.Tensor) -> None:
         """

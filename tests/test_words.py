@@ -426,14 +426,25 @@ def test_what_a_table_refuses():
         first_continuation_id(tokenizer)
 
 
-def test_more_tokens_than_before():
-    """A resized vocabulary: new tokens are spelled as they are."""
-    model = make_tagger()
-    tokenizer = make_word_tokenizer()
-    set_word_table(model, tokenizer, ["the"])
-    model.resize_token_embeddings(600)
-    assert known_words(model, tokenizer, ["The"]) == [True]
-    assert model(torch.tensor([[599, 300, 10]])).logits.shape == (1, 3, 2)
+@pytest.mark.parametrize("vocab_size", [600, 400])
+def test_a_vocabulary_of_another_size(vocab_size, tmp_path):
+    """Tokens that stay are folded as before, new ones are spelled as they are; also after loading."""
+    made, tokenizer = make_tagger(), make_word_tokenizer()
+    set_word_table(made, tokenizer, ["a", "ab"])
+    folded = made.model.word_encoder.table.folded.clone()
+    made.resize_token_embeddings(vocab_size)
+    made.save_pretrained(tmp_path)
+    tokens = torch.tensor([[vocab_size - 1, 300, 10]])
+    logits = made(tokens).logits
+    for model in (made, RNNForTokenClassification.from_pretrained(tmp_path).eval()):
+        table = model.model.word_encoder.table
+        assert torch.equal(table.folded[:516], folded[:vocab_size])
+        assert torch.equal(table.folded[516:], torch.arange(516, max(vocab_size, 516)))
+        assert known_words(model, tokenizer, ["A", "AB", "B"]) == [True, True, False]
+        assert torch.equal(model(tokens).logits, logits)
+        model.resize_token_embeddings(516)
+        assert set_word_table(model, tokenizer, ["the"]) == 1
+        assert known_words(model, tokenizer, ["The"]) == [True]
 
 
 def test_frequent_words():
