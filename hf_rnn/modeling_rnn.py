@@ -795,7 +795,7 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
             `ValueError`: `position_ids` begin again at 0 within a row; with `question_attention` no `input_ids`,
                 `token_type_ids` of a wrong shape, or nothing by which to tell the question from the text.
         """
-        layout, words = None, self.model.find_words(input_ids, attention_mask)
+        layout = None
         if self.config.question_attention is not None:
             inputs_embeds, layout = self.ask(input_ids, attention_mask, inputs_embeds, token_type_ids)
             input_ids = None
@@ -814,6 +814,7 @@ class RNNForQuestionAnswering(RNNPreTrainedModel):
             logits, places = self.qa_outputs(outputs.last_hidden_state, layout), layout.places
         if places is not None:
             logits = logits.masked_fill(~places.unsqueeze(-1), torch.finfo(logits.dtype).min)
+        words = self.model.find_words(input_ids, attention_mask)
         if words is not None:
             logits = logits.masked_fill(~torch.stack([words.starts, words.ends], dim=-1), torch.finfo(logits.dtype).min)
             start_positions, end_positions = words.move_to_edges(start_positions, end_positions)
@@ -881,7 +882,7 @@ class RNNForMultipleChoice(PoolingHead):
             inputs_embeds (`torch.FloatTensor` of shape `(batch, choices, seq, embedding_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch,)`, *optional*): The right choice.
-            position_ids (`torch.LongTensor` of shape `(batch, choices, seq)`, *optional*):
+            position_ids (`torch.LongTensor` of shape `(batch, choices, seq)` or `(1, seq)`, *optional*):
                 As in [`RNNModel`], but a row must hold one text.
 
         Returns:
@@ -903,7 +904,7 @@ class RNNForMultipleChoice(PoolingHead):
         if attention_mask is not None and attention_mask.shape != shape:
             raise ValueError(f"`attention_mask` must have the shape {tuple(shape)}, got {tuple(attention_mask.shape)}.")
         input_ids, attention_mask, inputs_embeds, position_ids = (
-            None if tensor is None else tensor.flatten(0, 1)
+            tensor if tensor is None or tensor.dim() < 3 else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, inputs_embeds, position_ids)
         )
         outputs = self.model(

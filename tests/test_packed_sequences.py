@@ -212,7 +212,10 @@ def test_heads_with_one_result_for_a_row(name):
     inputs = make_inputs(name, 2, 11)
     shape = inputs["input_ids"].shape
     ordinary = torch.arange(11).expand(shape)
-    assert torch.equal(model(**inputs, position_ids=ordinary).loss, model(**inputs).loss)
+    for positions in (ordinary, torch.arange(11)[None]):
+        assert torch.equal(model(**inputs, position_ids=positions).loss, model(**inputs).loss)
+    with pytest.raises(ValueError, match=r"`position_ids` must have the shape .* got \(11,\)"):
+        model(**inputs, position_ids=torch.arange(11))
     packed = ordinary.clone()
     packed[-1, ..., 4:] -= 4
     with pytest.raises(ValueError, match=r"`position_ids` must not begin again at 0 within a row"):

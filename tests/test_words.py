@@ -215,6 +215,16 @@ def test_what_words_refuse():
     with pytest.raises(ValueError, match="`past_key_values` must be None where `word_encoder` is set"):
         model(tokens, cache=state)
     assert model(tokens, use_cache=True).past_key_values is None
+    for name in ("RNNForQuestionAnswering", "RNNForSequenceClassification", "RNNForTokenClassification"):
+        head = make_model(name, word_encoder="cnn", first_continuation_id=CONTINUATION)
+        for inputs, message in (
+            ({"inputs_embeds": model.embed_tokens(tokens)}, "`input_ids` must be given where `word_encoder`"),
+            ({}, "Give exactly one of `input_ids` and `inputs_embeds`"),
+            ({"input_ids": tokens[0]}, r"`input_ids` must have the shape \(batch, seq\), got \(2,\)"),
+            ({"input_ids": tokens, "attention_mask": torch.ones(1, 3)}, "`attention_mask` must have the shape"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                head(**inputs)
     for model_class in (RNNForCausalLM, RNNForMaskedLM):
         with pytest.raises(ValueError, match="`word_encoder` must be None for a language model, got 'cnn'"):
             model_class(model.config)
