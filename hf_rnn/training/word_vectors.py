@@ -78,8 +78,8 @@ def read_word_vectors(
 
     Raises:
         `ValueError`: With the file and the line, for a line that has not as many numbers as the others, something that
-            is no finite number, a word that comes again, bytes that are not UTF-8, a damaged gzip file, or not as many
-            lines as the first one says. Also for an empty file, an unknown `on_duplicate`, or no `words`.
+            is no finite number in float32, a word that comes again, bytes that are not UTF-8, a damaged gzip file, or
+            not as many lines as the first one says. Also for an empty file, an unknown `on_duplicate`, or no `words`.
         `FileNotFoundError`: There is no such file.
     """
     if on_duplicate not in ("error", "first"):
@@ -103,10 +103,10 @@ def read_word_vectors(
             promised, width = _header_of(fields)
             if dimension is not None and width not in (None, dimension):
                 raise ValueError(f"{path}:1: expected vectors of {dimension} numbers, the header says {width}")
-            dimension = width or dimension
+            dimension = dimension if width is None else width
             if promised is not None:
                 continue
-            dimension = dimension or _numbers_at_end(fields)
+            dimension = _numbers_at_end(fields) if dimension is None else dimension
         if len(fields) <= dimension or dimension == 0:
             raise ValueError(
                 f"{path}:{number}: expected a word and {dimension or 'some'} numbers, found {len(fields)} fields"
@@ -121,7 +121,7 @@ def read_word_vectors(
             if on_duplicate == "error":
                 raise ValueError(f"{path}:{number}: {word!r} has a vector in line {lines_of[word]} already")
             continue
-        vectors[word] = torch.tensor(_floats_of(fields[-dimension:], path, number), dtype=torch.float32)
+        vectors[word] = _vector_of(fields[-dimension:], path, number)
         lines_of[word] = number
     if number == 0 or (number == 1 and promised is not None and promised > 0):
         raise ValueError(f"{path}: no vectors in this file")
@@ -190,11 +190,14 @@ def _is_number(field: str) -> bool:
     return "_" not in field  # which Python reads as part of a number
 
 
-def _floats_of(fields: list[str], path: str | os.PathLike, number: int) -> list[float]:
-    for position, field in enumerate(fields, start=1):
-        if not _is_number(field) or not math.isfinite(float(field)):
-            raise ValueError(f"{path}:{number}: number {position} is not a finite number but {field!r}")
-    return list(map(float, fields))
+def _vector_of(fields: list[str], path: str | os.PathLike, number: int) -> torch.Tensor:
+    vector = torch.tensor([float(field) if _is_number(field) else math.nan for field in fields], dtype=torch.float32)
+    wrong = (~vector.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"{path}:{number}: number {wrong[0] + 1} is not a finite number in float32 but {fields[wrong[0]]!r}"
+        )
+    return vector
 
 
 def words_of_tokens(tokenizer) -> dict[int, str]:
