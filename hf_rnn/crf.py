@@ -1,4 +1,5 @@
-"""A linear-chain conditional random field over the labels of a sequence. Imports its operators and the padding.
+"""A linear-chain conditional random field over the labels of a sequence. Imports its operators, the fast paths and the
+padding.
 
 The chain has the tokens that a mask names, in their order, wherever they lie: those left out are skipped, and the ones
 to the left and to the right of them are neighbours.
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .crf_operators import best_paths_in_scan, chain_best_paths, chain_sums, run_best, run_sums, sums_in_scan
+from .fast_paths import transforms_are_active
 from .recurrent_padding import reading_order
 
 
@@ -70,6 +72,11 @@ def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if values.dim() == 3:
         index = index.unsqueeze(-1).expand_as(values)
     return values.gather(1, index)
+
+
+def _seen_through(operator: Callable, function: Callable) -> Callable:
+    """An operator; where a transformation of `torch.func` is active, which it would stop, the function that it runs."""
+    return function if not torch.compiler.is_compiling() and transforms_are_active() else operator
 
 
 def _relative(emissions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +177,8 @@ class LinearChainCRF(nn.Module):
         if emissions.shape[1] == 0:
             return emissions.sum(dim=(1, 2))
         transitions, start, end = self._scores(emissions.dtype, FORBIDDEN_SCORE)
-        sums, constant = chain_sums(emissions, chain.lengths, chain.starts(), transitions, start, end)
+        run = _seen_through(chain_sums, run_sums)
+        sums, constant = run(emissions, chain.lengths, chain.starts(), transitions, start, end)
         # The constant cancels out of every derivative.
         return ((sums[:, -1] + end).logsumexp(dim=-1) + constant.detach()).masked_fill(chain.lengths == 0, 0)
 
@@ -236,8 +244,9 @@ class LinearChainCRF(nn.Module):
     def _log_marginals(self, emissions: torch.Tensor, steps: torch.Tensor, chain: Chain) -> torch.Tensor:
         transitions, start, end = self._scores(steps.dtype, FORBIDDEN_SCORE)
         backwards = chain.backwards()
-        forward, _ = chain_sums(steps, chain.lengths, chain.starts(), transitions, start, end)
-        backward, _ = chain_sums(
+        run = _seen_through(chain_sums, run_sums)
+        forward, _ = run(steps, chain.lengths, chain.starts(), transitions, start, end)
+        backward, _ = run(
             _take(steps, backwards), chain.lengths, chain.starts(backwards=True), transitions.t(), end, start
         )
         sums = chain.to_positions(forward + _take(backward, backwards) - steps)
@@ -298,7 +307,8 @@ class LinearChainCRF(nn.Module):
     def _best_paths(self, emissions: torch.Tensor, chain: Chain, num_paths: int) -> list[torch.Tensor]:
         """The labels of the steps `[batch, num_paths, seq]`, and what the paths were compared by."""
         scores = (score.detach() for score in self._scores(emissions.dtype, FORBIDDEN_PATH_SCORE))
-        return chain_best_paths(emissions.detach(), chain.lengths, chain.starts(), *scores, num_paths)
+        run = _seen_through(chain_best_paths, run_best)
+        return run(emissions.detach(), chain.lengths, chain.starts(), *scores, num_paths)
 
     def path_logits(
         self, emissions: torch.Tensor, mask: torch.Tensor | None = None, starts: torch.Tensor | None = None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .fast_paths import may_take
+from .fast_paths import may_take, transforms_are_active
 from .higher_derivatives import gradients_with_graph
 
 
@@ -31,8 +31,11 @@ class _Steps(NamedTuple):
 
 
 def _may_look(tensor: torch.Tensor) -> bool:
-    """Whether to look at values, which costs nothing on a CPU; elsewhere it would wait for the device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """
+    Whether to look at values, which costs nothing on a CPU; elsewhere it would wait for the device. A transformation of
+    `torch.func` may show none.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_are_active()
 
 
 def _steps(emissions: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor | None) -> _Steps:

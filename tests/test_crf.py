@@ -208,6 +208,43 @@ def test_gradcheck(starts, loop):
 
 
 @with_starts
+def test_transformations_of_functions(starts):
+    """`torch.func` finds the derivatives that backward finds, forward ones and second ones, too."""
+    crf = make_crf(forbidden=forbidden_steps(["O", "B-A", "I-A"]))
+    emissions = make_emissions(*MASK.shape, LABELS).detach()
+    labels = torch.arange(MASK.shape[1]).expand(MASK.shape) % LABELS
+
+    def objective(emissions, rows=slice(None)):
+        mask, of_texts = MASK[rows], None if starts is None else starts[rows]
+        likelihood = crf.log_likelihood(emissions, labels[rows], mask, of_texts)
+        _, best = crf.viterbi(emissions, mask, of_texts)
+        return (likelihood + best + crf.log_marginals(emissions, mask, of_texts)[..., 0].sum(1)).sum()
+
+    expected = torch.autograd.functional.jacobian(objective, emissions)
+    assert_close(torch.func.grad(objective)(emissions), expected)
+    _, forward = torch.func.jvp(objective, (emissions,), (emissions.cos(),))
+    assert_close(forward, (expected * emissions.cos()).sum())
+    hessian = torch.func.hessian(lambda row: objective(row, slice(1)))(emissions[:1])
+    assert_close(hessian, torch.autograd.functional.hessian(lambda row: objective(row, slice(1)), emissions[:1]))
+
+
+def test_gradients_of_each_text():
+    """By `torch.func.vmap` of the gradient of a model with a random field."""
+    model, inputs = make_model(NAME, **WITH_CRF), make_inputs(NAME)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, tokens, labels):
+        return torch.func.functional_call(model, parameters, (tokens[None],), {"labels": labels[None]}).loss
+
+    rows = inputs["input_ids"], inputs["labels"]
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, *rows)
+    for index, row in enumerate(zip(*rows)):
+        expected = torch.autograd.grad(loss(parameters, *row), parameters.values())
+        for name, gradient in zip(parameters, expected):
+            assert_close(found[name][index], gradient)
+
+
+@with_starts
 @pytest.mark.parametrize("mask", [None, MASK], ids=["no_mask", "mask"])
 def test_products_are_the_sums(mask, starts):
     """The fast path and its plain twin, in sums and in every gradient, at a size where both have many steps."""
