@@ -550,7 +550,9 @@ class RNNForTokenClassification(PoolingHead):
 
     - In the chain are the tokens that are not padding, with `labels` those that have one: sub-words and special tokens
       with the label -100 are skipped, and the tokens beside them follow each other. Without labels a `chain_mask` says
-      which are in the chain; without that, as in a pipeline, all are but those of `config.crf_ignored_ids`.
+      which are in the chain; without that, as in a pipeline, all are but those of `config.crf_ignored_ids`. With
+      `config.word_encoder` they are the first tokens of words alone: give all other tokens the label -100. Another one
+      is not read, but it counts among the labels by whose number the loss is divided.
     - The logits are made for software that knows nothing of chains. The largest one at each token of the chain is that
       of the best path (Viterbi), so that `logits.argmax(-1)`, `pipeline("token-classification")` and the
       `compute_metrics` of a `Trainer` find it; they are the logarithms of the marginal probabilities of the labels,
@@ -635,7 +637,9 @@ class RNNForTokenClassification(PoolingHead):
             starts = find_text_starts(position_ids, *logits.shape[:2], attention_mask)
             if labels is not None:
                 loss = -self.crf(lambda crf: crf.log_likelihood(logits, labels, chain, starts)).sum()
-                loss = loss / (chain.sum().clamp(min=1) if num_items is None else num_items)
+                if num_items is None:  # labels within words count, as they do for Trainer
+                    num_items = self.chain_of(logits, attention_mask, chain_mask, labels).sum().clamp(min=1)
+                loss = loss / num_items
             if labels is None or not self.training:
                 logits = self.crf(lambda crf: crf.path_logits(logits, chain, starts))
                 logits = logits if words is None else words.repeat_first(logits)
