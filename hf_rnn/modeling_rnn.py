@@ -561,6 +561,9 @@ class RNNForTokenClassification(PoolingHead):
       go into the chain, which costs nothing.
     - [`~RNNForTokenClassification.decode`] gives the best paths with their probabilities, and the marginals.
 
+    Neither the chain nor the intents are learned with the `label_smoothing_factor` of a `Trainer`, which takes the
+    labels away and smooths those of single tokens; a forward without labels while training says so once.
+
     Args:
         config (`RNNConfig`): The configuration.
     """
@@ -620,6 +623,8 @@ class RNNForTokenClassification(PoolingHead):
         """
         if intents is not None and self.intent_classifier is None:
             raise ValueError("`intents` must be None where the configuration has no `id2intent`.")
+        if labels is None and self.training:
+            self.warn_of_missing_labels()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -658,6 +663,17 @@ class RNNForTokenClassification(PoolingHead):
                 num_items = ((intents if labels is None else labels) != IGNORED_LABEL).sum().clamp(min=1)
             output["loss"] = intent_loss / num_items + (0 if loss is None else loss)
         return RNNTokenClassifierOutput(**output, intent_logits=intent_logits)
+
+    def warn_of_missing_labels(self) -> None:
+        """Says once what is not learned where something trains a chain or intents without labels of the tokens."""
+        has_more = self.crf is not None or self.intent_classifier is not None
+        if has_more and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "RNNForTokenClassification with `use_crf` or `id2intent` got no `labels` while training. With "
+                "`label_smoothing_factor` (or a `compute_loss_func`) Trainer keeps them to itself and makes a loss of "
+                "its own from the logits of single tokens; neither the chain nor the intents are learned from it. Set "
+                "`label_smoothing_factor` to 0."
+            )
 
     @torch.no_grad()
     def decode(

@@ -881,6 +881,25 @@ def test_trainer_asks_for_labels_alone():
     assert find_labels(RNNForTokenClassification) == ["labels"]
 
 
+@pytest.mark.parametrize("options", [WITH_CRF, INTENTS, {}], ids=["chain", "intents", "neither"])
+def test_smoothed_labels_are_warned_of(options, tmp_path, monkeypatch):
+    """Trainer takes the labels that it smooths away from the model, and smooths those of single tokens."""
+    seen = []
+    monkeypatch.setattr("hf_rnn.modeling_rnn.logger.warning_once", seen.append)
+    inputs = make_inputs(NAME, 4, options=options)
+    examples = [{key: value[row] for key, value in inputs.items()} for row in range(4)]
+    for factor in (0.0, 0.1):
+        model = make_model(NAME, **options)
+        trainer, _ = make_trainer(tmp_path, model, examples, max_steps=1, label_smoothing_factor=factor)
+        trainer.train()
+        model.train()(inputs["input_ids"], labels=inputs["labels"])
+        model.eval()(inputs["input_ids"])
+        with torch.no_grad():
+            model.train()(inputs["input_ids"])
+        assert len(seen) == (1 if factor and options else 0)
+    assert all("`label_smoothing_factor`" in message for message in seen)
+
+
 @pytest.mark.parametrize("accumulated", [1, 4])
 def test_training_learns_the_chain(accumulated, tmp_path):
     """Labels that only their order tells: of two equal tokens the first is B, the second I."""
