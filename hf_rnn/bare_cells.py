@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _OF_MODULES = vars(nn.Module()).keys() - {"training"}
 _SIMPLE = (type(None), bool, int, float, str)
 
 
-def _aside(function: Callable[[], Any]) -> Any:
+def aside(function: Callable[[], Any]) -> Any:
     """What a function returns in a thread of its own, where no tracing, mode or transformation of this one is on."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function).result()
@@ -43,12 +44,16 @@ def make_cell(description: str, input_size: int, hidden_size: int, device: str =
         with torch.device(device):
             return cell_class_of(description)(input_size, hidden_size)
 
-    cell = _aside(make)
-    attributes = json.loads(description)[1] if description.startswith("[") else {}
+    cell = aside(make)
+    set_attributes(cell, json.loads(description)[1] if description.startswith("[") else {})
+    return cell
+
+
+def set_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Sets attributes of a module and of its modules by their paths."""
     for name, value in attributes.items():
         path, _, name = name.rpartition(".")
-        setattr(cell.get_submodule(path), name, value)
-    return cell
+        setattr(module.get_submodule(path), name, value)
 
 
 @functools.lru_cache(maxsize=64)
@@ -56,9 +61,9 @@ def _as_made(cell_class: type[RecurrentCell], name: str, input_size: int, hidden
     return make_cell(name, input_size, hidden_size)
 
 
-def _parts(cell: RecurrentCell) -> dict[str, nn.Module]:
-    """A cell and its modules by their paths, without what others put around its weights."""
-    return {path: part for path, part in cell.named_modules() if "parametrizations" not in path.split(".")}
+def parts_of(module: nn.Module) -> dict[str, nn.Module]:
+    """A module and its modules by their paths, without what others put around its weights."""
+    return {path: part for path, part in module.named_modules() if "parametrizations" not in path.split(".")}
 
 
 def _are_equal(value: Any, other: Any) -> bool:
@@ -84,6 +89,47 @@ def _differences(part: nn.Module, as_made: nn.Module, ignored: frozenset[str]) -
     return differences
 
 
+def compare(
+    parts: dict[str, nn.Module], as_made: dict[str, nn.Module], ignored: frozenset[str]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """
+    What was set on modules since they were made, and all attributes that were compared, by their paths. None where
+    something was set that cannot be written down, or something watches or replaces a module (but for the one without a
+    path, which is called by its owner).
+
+    Args:
+        parts, as_made: The modules by their paths, and those that were made alike and left alone.
+        ignored (`frozenset[str]`): Attributes that do not count.
+    """
+    if parts.keys() != as_made.keys():
+        return None
+    attributes, read = {}, {}
+    for path, part in parts.items():
+        other = as_made[path]
+        if path and (type_before_parametrizations(part) is not type(other) or is_watched(part)):
+            return None
+        differences = _differences(part, other, ignored)
+        if differences is None or not vars(other).keys() - ignored <= vars(part).keys():
+            return None
+        prefix = f"{path}." if path else ""
+        attributes |= {prefix + name: value for name, value in differences.items()}
+        for name in sorted(vars(part).keys() - _OF_MODULES - ignored):
+            if hasattr(other, name):
+                read[prefix + name] = getattr(part, name)
+    return attributes, read
+
+
+def is_as_compared(module: nn.Module, numbers: list[tuple[str, float]], others: list[str]) -> bool:
+    """
+    Whether attributes of a module are those that were compared, by their paths. What a compiler was told of them it
+    takes for constant; because it looks here, it makes another graph when one of them changes. Numbers would become
+    variables of the graph, were they not compared.
+    """
+    are_equal = [attrgetter(name)(module) == value for name, value in numbers]
+    are_there = [attrgetter(name)(module) is not ... for name in others]
+    return all(are_equal) and all(are_there)
+
+
 def _written_down(cell: RecurrentCell) -> tuple[str, dict[str, Any]] | None:
     """The description of a cell and all attributes that it depends on, see [`describe`]."""
     cell_class = type_before_parametrizations(cell)
@@ -91,25 +137,15 @@ def _written_down(cell: RecurrentCell) -> tuple[str, dict[str, Any]] | None:
     if name is None:
         return None
     try:
-        parts, of_made = (_parts(it) for it in (cell, _as_made(cell_class, name, cell.input_size, cell.hidden_size)))
+        as_made = _as_made(cell_class, name, cell.input_size, cell.hidden_size)
     except Exception:  # it is not made from its sizes alone
-        return None
-    if parts.keys() != of_made.keys():
         return None
     # Whoever names a kernel of torch vouches for the equations, which read nothing but weights.
     ignored = frozenset(["forward", *(["training"] if cell_class.torch_kernel is not None else [])])
-    attributes, read = {}, {}
-    for path, part in parts.items():
-        if path and (type(part) is not type(of_made[path]) or is_watched(part)):
-            return None
-        differences = _differences(part, of_made[path], ignored)
-        if differences is None or not vars(of_made[path]).keys() <= vars(part).keys():
-            return None
-        prefix = f"{path}." if path else ""
-        attributes |= {prefix + name: value for name, value in differences.items()}
-        for name_of_attribute in sorted(vars(part).keys() - _OF_MODULES - ignored):
-            if hasattr(of_made[path], name_of_attribute):
-                read[prefix + name_of_attribute] = getattr(part, name_of_attribute)
+    found = compare(parts_of(cell), parts_of(as_made), ignored)
+    if found is None:
+        return None
+    attributes, read = found
     return (json.dumps([name, attributes], sort_keys=True) if attributes else name), read
 
 
@@ -143,7 +179,7 @@ def _effects(cell_class: type[RecurrentCell], description: str, sizes: tuple[int
             return draws, versions != [buffer._version for buffer in cell.buffers()]
 
     try:
-        return _aside(step)
+        return aside(step)
     except Exception:
         return None
 

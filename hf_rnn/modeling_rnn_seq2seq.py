@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 
 from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions, merge_heads, split_heads
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
+from .decoder_operator import register_decoder, run_positions_opaquely
 from .deferred_logits import vocabulary_logits
 from .fast_paths import may_take
 from .generation_masks import GenerationMasks
@@ -213,6 +215,7 @@ class StateBridge(nn.Module):
         return states
 
 
+@register_decoder
 class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
     r"""
     Token embeddings and a stack of recurrent layers that attend to the encoder's output v_1 ... v_S. For the input
@@ -272,6 +275,11 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
     def runs_step_by_step(self) -> bool:
         """Whether a position depends on what was computed at the one before beyond the recurrence of a layer."""
         return self.config.decoder_type == "bahdanau" or self.config.input_feeding
+
+    @property
+    def loops_over_positions(self) -> bool:
+        """Whether positions come one behind the other beyond the recurrence of a layer, in the attention perhaps."""
+        return self.runs_step_by_step or bool(self.attention.state_names)
 
     # The top hidden state is that of the recurrence, not the attentional vector made of it.
     @capture_outputs(tie_last_hidden_states=False)
@@ -345,7 +353,11 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         recording = is_recording(target, 0)
         padding = Padding.from_attention_mask(attention_mask, inputs_embeds, past_key_values is not None)
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
-        run = self._run_steps if self.runs_step_by_step else self._run_layers
+        run = self.run_positions
+        # A single position goes into a graph as it is.
+        in_graph = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        if in_graph and self.loops_over_positions and seq_length > 1 and not recording:
+            run = partial(run_positions_opaquely, self)
         outputs, weights, new_states, histories = run(
             hidden_states, states, padding, memory, target is not None, recording
         )
@@ -353,6 +365,32 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         for layer_idx, initial in enumerate(states):
             write_state(target, layer_idx, new_states[layer_idx], seq_length, histories[layer_idx], initial)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=outputs, **cache_output(target))
+
+    def run_positions(
+        self,
+        hidden_states: torch.Tensor,
+        states: list[State],
+        padding: Padding | None,
+        memory: AttentionMemory,
+        needs_state: bool,
+        recording: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[State | None], list[State | None]]:
+        """
+        All positions, step by step or layer by layer.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, target, embedding_size)`): The embeddings.
+            states: What each layer starts from, and the attention if it has a state, see `_initial_states`.
+            padding (`Padding`, *optional*): Where the tokens lie.
+            memory (`AttentionMemory`): What to attend to.
+            needs_state, recording (`bool`): Whether the final states are asked for, and those after each position.
+
+        Returns:
+            The attentional vectors `(batch, target, hidden_size)`, the weights `(batch, heads, target, source)`, and
+            for each of `states` the final ones and those after each position.
+        """
+        run = self._run_steps if self.runs_step_by_step else self._run_layers
+        return run(hidden_states, states, padding, memory, needs_state, recording)
 
     def _initial_states(
         self,

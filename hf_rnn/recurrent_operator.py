@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .bare_cells import attributes_of, cell_class_of, describe, effects, make_cell
+from .bare_cells import attributes_of, cell_class_of, describe, effects, is_as_compared, make_cell
 from .fast_paths import autocast_dtype, transforms_are_active
 from .higher_derivatives import gradients_with_graph
 from .packed_sequences import PackedPadding
@@ -28,7 +28,7 @@ from .recurrent_padding import Padding
 
 
 # A checkpoint that brings its own copy of this file brings its own operators.
-_NAMESPACE = "hf_rnn" if __package__ == "hf_rnn" else f"hf_rnn_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
+NAMESPACE = "hf_rnn" if __package__ == "hf_rnn" else f"hf_rnn_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
 
 
 class _Known(NamedTuple):
@@ -74,7 +74,7 @@ for _function in (_description, _weight_names, _draws, _numbers, _others):
 
 
 @torch.compiler.assume_constant_result
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     return transforms_are_active()
 
 
@@ -92,13 +92,9 @@ def run_sequence_opaquely(
     operator would not do the same: the cell cannot be described, a step of it writes to its buffers, or a
     transformation of functions is to go through it.
     """
-    # A compiler takes the descriptions for constants. It makes another graph when something changes at which it looked;
-    # numbers would become variables of it, were they not compared.
-    numbers = [attrgetter(name)(cell) == value for cell in cells for name, value in cell._numbers()]
-    others = [attrgetter(name)(cell) is not ... for cell in cells for name in cell._others()]
-    are_known = all(numbers) and all(others)
+    are_known = all([is_as_compared(cell, cell._numbers(), cell._others()) for cell in cells])  # noqa: C419
     descriptions = [cell._description() for cell in cells]
-    if not are_known or not descriptions[0] or descriptions[0] != descriptions[-1] or _is_transformed():
+    if not are_known or not descriptions[0] or descriptions[0] != descriptions[-1] or is_transformed():
         return run_sequence(cells, inputs, state, padding, kept, needs_state, needs_history)
     weights = [attrgetter(name)(cell) for cell in cells for name in cell._weight_names()]
     tensors = [inputs, *state, *weights, *kept]
@@ -149,7 +145,7 @@ def _layer_for(description: str, input_size: int, hidden_size: int, num_directio
 
 
 @contextlib.contextmanager
-def _random_numbers_of(seed: torch.Tensor | None, device: torch.device):
+def random_numbers_of(seed: torch.Tensor | None, device: torch.device):
     """Within this context random numbers are those of a seed, in the forward and again in the backward."""
     if seed is None:
         yield
@@ -166,11 +162,11 @@ def _run(inputs, states, weights, kept, mask, description: str, starts, seed) ->
     if starts is not None and starts.any():
         padding = PackedPadding(starts, None if padding is None else mask)
     # Types were settled when the graph was made.
-    with torch.autocast(inputs.device.type, enabled=False), _random_numbers_of(seed, inputs.device):
+    with torch.autocast(inputs.device.type, enabled=False), random_numbers_of(seed, inputs.device):
         return layer.run(weights, inputs, tuple(states), padding, kept)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::recurrent_layer", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::recurrent_layer", mutates_args=())
 def recurrent_layer(
     inputs: torch.Tensor,
     states: Sequence[torch.Tensor],
@@ -235,16 +231,16 @@ def _fake_backward(grad_outputs, inputs, states, weights, kept, mask, cell_type,
 
 
 # Not a `custom_op`, inside which autograd is out of reach.
-_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-if not hasattr(getattr(torch.ops, _NAMESPACE), "recurrent_layer_backward"):  # where this file is imported once more
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+if not hasattr(getattr(torch.ops, NAMESPACE), "recurrent_layer_backward"):  # where this file is imported once more
     _library.define(
         "recurrent_layer_backward(Tensor[] grad_outputs, Tensor inputs, Tensor[] states, Tensor[] weights, "
         "Tensor[] kept, Tensor? mask, str cell_type, Tensor? starts, Tensor? seed) -> Tensor[]"
     )
     _library.impl("recurrent_layer_backward", _run_backward, "CompositeExplicitAutograd")
     _library.impl("recurrent_layer_backward", torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"{_NAMESPACE}::recurrent_layer_backward", _fake_backward, lib=_library)
-recurrent_layer_backward = getattr(torch.ops, _NAMESPACE).recurrent_layer_backward
+    torch.library.register_fake(f"{NAMESPACE}::recurrent_layer_backward", _fake_backward, lib=_library)
+recurrent_layer_backward = getattr(torch.ops, NAMESPACE).recurrent_layer_backward
 
 
 def _keep_for_backward(ctx, inputs, output):
@@ -288,7 +284,7 @@ def _decompose(*arguments) -> list[torch.Tensor]:
 with contextlib.suppress(ImportError):
     from torch._decomp import register_decomposition
 
-    register_decomposition(getattr(torch.ops, _NAMESPACE).recurrent_layer.default)(_decompose)
+    register_decomposition(getattr(torch.ops, NAMESPACE).recurrent_layer.default)(_decompose)
 
 # The runtimes that transformers exports to do not know the operator. ExecuTorch knows `scan`; for OpenVINO the loop is
 # written out for the length that is exported.

@@ -2,19 +2,38 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.library import opcheck
 from torch.nn import functional as F
 
 from hf_rnn import RECURRENT_CELLS, loop_only
 from hf_rnn.configuration_rnn import POOLING_TYPES
+from hf_rnn.recurrent_cache import cache_of
 from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_layer import RecurrentLayer
 from hf_rnn.recurrent_operator import recurrent_layer
 from hf_rnn.recurrent_padding import Padding
-from matrix import MODEL_CLASSES, VOCAB_SIZE, WORDS, make_config, make_inputs, make_mask, make_model, make_tokens
+from matrix import (
+    MODEL_CLASSES,
+    VOCAB_SIZE,
+    WORDS,
+    case_id,
+    make_config,
+    make_inputs,
+    make_mask,
+    make_model,
+    make_tokens,
+)
 
 
 COPYING = {"pointer_generator": True, "num_copy_ids": 5, "unk_token_id": 4}
+SEQ2SEQ = "RNNSeq2SeqForConditionalGeneration"
+STEPWISE = [
+    {"input_feeding": True},
+    {"decoder_type": "bahdanau"},
+    {"use_coverage": True, "attention_score": "additive"},
+    {"decoder_type": "gnmt", "attention_score": "location", "location_filters": 3, "location_width": 5},
+]
 CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
 DIRECTIONS = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_direction", "two_directions"])
 
@@ -24,6 +43,26 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def check_slope(loss, weights: list[torch.Tensor]) -> None:
+    """
+    That the gradient of a function that draws random numbers is its slope along a direction, and that it draws others
+    where the seed is another one.
+    """
+    directions = [torch.randn_like(weight) for weight in weights]
+
+    def value(seed: int = 5, by: float = 0.0):
+        with torch.no_grad():
+            torch._foreach_add_(weights, directions, alpha=by)
+        torch.manual_seed(seed)
+        return loss()
+
+    assert value() == value() != value(6)
+    gradients = torch.autograd.grad(value(), weights)
+    slope = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions))
+    higher, lower = value(by=1e-5), value(by=-2e-5)
+    torch.testing.assert_close(slope, (higher - lower).detach() / 2e-5, rtol=1e-5, atol=1e-6)
 
 
 def random_mask(*shape: int) -> torch.Tensor:
@@ -165,10 +204,7 @@ def test_compiled_training(cell_type):
     ids=["location", "local", "normalized_additive", "coverage"],
 )
 def test_graphs_of_scores(options):
-    """
-    Every score goes into a graph for any number of rows and any source, with gradients. One that reads the weights of
-    earlier positions is written out for the length of the target.
-    """
+    """Every score goes into a graph for any number of rows and any source and target, with gradients."""
     graphs = []
 
     def count(graph, example_inputs):
@@ -177,11 +213,113 @@ def test_graphs_of_scores(options):
 
     model = make_model("RNNSeq2SeqForConditionalGeneration", **options).train()
     compiled = torch.compile(model, fullgraph=True, backend=count)
-    for batch, source in [(6, 7), (5, 8), (4, 12), (2, 16)]:
-        inputs = make_inputs("RNNSeq2SeqForConditionalGeneration", batch, 6)
+    for batch, source, target in [(6, 7, 6), (5, 8, 9), (4, 12, 5), (2, 16, 30)]:
+        inputs = make_inputs("RNNSeq2SeqForConditionalGeneration", batch, target)
         inputs["input_ids"] = make_tokens(batch, source)
         compare(model, compiled, inputs | {"attention_mask": random_mask(batch, source)})
     assert len(graphs) <= 3
+
+
+def stepwise_model(**options):
+    return make_model(SEQ2SEQ, **{"input_feeding": True, "num_attention_heads": 2} | options).train()
+
+
+def inputs_of_lengths():
+    """Inputs of several sizes, with padding on both sides."""
+    for batch, source, target in [(6, 7, 6), (5, 8, 9), (3, 5, 20)]:
+        inputs = make_inputs(SEQ2SEQ, batch, target)
+        inputs |= {"input_ids": make_tokens(batch, source), "attention_mask": random_mask(batch, source)}
+        yield inputs | {"decoder_attention_mask": random_mask(*inputs["decoder_input_ids"].shape)}
+
+
+@pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
+@pytest.mark.parametrize("decoder", STEPWISE, ids=case_id)
+def test_graphs_of_decoders(decoder, cell_type):
+    """Two graphs serve all lengths, with everything that may be asked for: states, hidden states, attentions."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_model(SEQ2SEQ, **decoder, cell_type=cell_type).train()
+    asked = {"output_hidden_states": True, "output_attentions": True, "use_cache": True}
+    inputs = list(inputs_of_lengths())
+    model(**inputs[0], **asked)  # hooks that record are installed outside of graphs
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for sizes in inputs:
+        compare(model, compiled, sizes)
+        actual, expected = compiled(**sizes, **asked), model(**sizes, **asked)
+        for key in ("decoder_hidden_states", "cross_attentions"):
+            torch.testing.assert_close(actual[key], expected[key])
+        for pair in zip(cache_of(actual).self_attention_cache.layers, cache_of(expected).self_attention_cache.layers):
+            for name in ("keys", "values"):
+                torch.testing.assert_close(*(getattr(layer, name) for layer in pair))
+    assert len(graphs) == 4
+    assert all("recurrent_decoder" in str(graph.graph) for graph in graphs)
+
+
+def test_graphs_of_decoders_that_are_not_plain():
+    """An adapter, a hook, an attribute that cannot be written down: the loop in the graph."""
+    inputs = next(inputs_of_lengths())
+    for change in (
+        lambda decoder: decoder.attention.score.register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda decoder: setattr(decoder, "combine", nn.Sequential(decoder.combine, nn.Tanh())),
+        lambda decoder: setattr(decoder.layers[1], "residual", ("yes",)),
+    ):
+        torch._dynamo.reset()
+        model = stepwise_model()
+        change(model.model.decoder)
+        compare(model, torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+        assert model.model.decoder._description() == ""
+
+
+def test_what_is_set_on_a_decoder_is_seen_by_its_graph():
+    model, inputs = stepwise_model(), next(inputs_of_lengths())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = []
+    for residual in (False, True):
+        model.model.decoder.layers[1].residual = residual
+        losses.append(compiled(**inputs).loss)
+        torch.testing.assert_close(losses[-1], model(**inputs).loss)
+    assert losses[0] != losses[1]
+
+
+def test_second_derivatives_of_decoders():
+    model, inputs = stepwise_model(), next(inputs_of_lengths())
+    weights = [weight for name, weight in model.named_parameters() if "decoder.layers" in name]
+    results = []
+    for run in (model, torch.compile(model, backend="eager")):
+        target = run(**{key: value for key, value in inputs.items() if key != "labels"}).logits.square().sum()
+        gradients = torch.autograd.grad(target, weights, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        results.append([*gradients, *torch.autograd.grad(penalty, weights)])
+    torch.testing.assert_close(*results)
+
+
+def test_dropped_units_of_decoders():
+    """The backward drops those of the forward: the gradient is the slope along a direction."""
+    rates = dict.fromkeys(["hidden_dropout", "output_dropout", "recurrent_dropout"], 0.3)
+    model, inputs = stepwise_model(**rates), next(inputs_of_lengths())
+    compiled = torch.compile(model.model, fullgraph=True, backend="aot_eager")
+    del inputs["labels"]
+    check_slope(
+        lambda: compiled(**inputs, use_cache=False).last_hidden_state.sin().sum(),
+        list(model.model.decoder.layers.parameters()),
+    )
+
+
+@pytest.mark.parametrize("decoder", STEPWISE, ids=case_id)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoders_in_mixed_precision(decoder, dtype):
+    model = make_model(SEQ2SEQ, dtype=torch.float32, **decoder).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for inputs in inputs_of_lengths():
+        with torch.autocast("cpu", dtype=dtype):
+            actual, expected = compiled(**inputs), model(**inputs)
+        assert actual.logits.dtype == expected.logits.dtype
+        torch.testing.assert_close(actual.loss, expected.loss, rtol=0.02, atol=0.02)
+        actual.loss.backward()
 
 
 def copying_inputs(batch: int, source: int, target: int) -> dict:
@@ -203,8 +341,8 @@ def copying_inputs(batch: int, source: int, target: int) -> dict:
 )
 def test_graphs_of_copying(options):
     """
-    A pointer-generator with labels, words beyond the vocabulary among them: one graph for any number of rows and any
-    source, with gradients, and where the decoder does not run step by step for any target.
+    A pointer-generator with labels, words beyond the vocabulary among them: one graph for any number of rows, any
+    source and any target, with gradients.
     """
     graphs = []
 
@@ -214,8 +352,7 @@ def test_graphs_of_copying(options):
 
     model = make_model("RNNSeq2SeqForConditionalGeneration", **COPYING, **options).train()
     compiled = torch.compile(model, fullgraph=True, backend=count)
-    targets = [5, 5, 5, 5] if model.model.decoder.runs_step_by_step else [5, 6, 9, 10]
-    for batch, source, target in zip([6, 5, 4, 2], [7, 8, 12, 16], targets):
+    for batch, source, target in zip([6, 5, 4, 2], [7, 8, 12, 16], [5, 6, 9, 10]):
         compare(model, compiled, copying_inputs(batch, source, target))
     assert len(graphs) <= 3
 

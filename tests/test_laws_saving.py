@@ -694,6 +694,7 @@ RUNNING = {
     "bare_cells",
     "crf",
     "crf_operators",
+    "decoder_operator",
     "packed_sequences",
     "deferred_logits",
     "hyperbolic_tangent",
