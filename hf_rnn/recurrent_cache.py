@@ -361,8 +361,9 @@ def read_state(
     keys, values = layer.keys, layer.values
     if layer.writes_in_place and torch.is_grad_enabled():  # a backward would find what was written since
         keys, values = keys.clone(), values.clone()
-    # Where there is one state beside the first, the two need no time to be taken apart and put together.
-    return (keys, values) if len(sizes) == 2 else (keys, *values.split(sizes[1:], dim=-1))
+    # One state beside the first needs no time to be taken apart; a split into no parts could not be read from a file of
+    # torch.export.
+    return (keys, values)[: len(sizes)] if len(sizes) <= 2 else (keys, *values.split(sizes[1:], dim=-1))
 
 
 def _pack(state: State) -> tuple[torch.Tensor, torch.Tensor]:

@@ -556,6 +556,21 @@ def test_command_writes_torch_files(saved, tmp_path, capsys):
     torch.testing.assert_close(module(input_ids, mask)[0], model(input_ids, attention_mask=mask).logits)
 
 
+@pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
+@pytest.mark.parametrize("name", ["RNNForCausalLM", "RNNSeq2SeqForConditionalGeneration"])
+def test_torch_files_of_models_with_a_state_are_read_again(name, cell_type, tmp_path):
+    model = make_model(name, dtype=torch.float32, cell_type=cell_type)
+    report = export_model(model, tmp_path / "out", format="torch")
+    assert max(report["differences"].values()) < 1e-5
+    _, graphs, _ = make_graphs(model)
+    for graph_name, graph in graphs.items():
+        module = torch.export.load(tmp_path / f"out/{graph_name}.pt2").module()
+        inputs = package._random_inputs(graph, 2, 9, torch.Generator().manual_seed(5))
+        expected = graph(inputs)
+        for output, result in zip(graph.outputs, module(*inputs.values()), strict=True):
+            torch.testing.assert_close(result, expected[output], atol=1e-5, rtol=1e-5)
+
+
 def test_command_refuses_to_overwrite_unless_told(saved, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
