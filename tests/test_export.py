@@ -1,9 +1,12 @@
 """Exported models: the graphs, the files, the runner without torch, the command."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -592,6 +595,70 @@ def test_nothing_is_left_where_an_export_fails(saved, tmp_path, monkeypatch, cap
     assert "differs from the model by 5.0e-01" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def everything_in(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("here", "model", "out", "message"),
+    [
+        (".", "model", "model", "must not hold the model"),
+        (".", "work/model", "work", "must not hold the model"),
+        (".", "work/model", "link", "must not hold the model"),
+        ("work", "../model", "../work", "must not hold the current directory"),
+        ("work", "../model", ".", "must not hold the current directory"),
+        ("work/model", "../../model", "..", "must not hold the current directory"),
+    ],
+)
+def test_what_is_needed_is_not_overwritten(here, model, out, message, saved, tmp_path, monkeypatch, capsys):
+    shutil.copytree(saved, tmp_path / "model")
+    shutil.copytree(saved, tmp_path / "work/model")
+    (tmp_path / "link").symlink_to("work")
+    before = everything_in(tmp_path)
+    monkeypatch.setattr(package, "make_graphs", None)  # nothing is computed
+    monkeypatch.chdir(tmp_path / here)
+    assert main(["export", model, out, "--format", "torch", "--overwrite"]) == 1
+    assert message in capsys.readouterr().err
+    assert everything_in(tmp_path) == before
+    loaded = package.load_model(model)
+    with pytest.raises(ValueError, match=message):
+        export_model(loaded, out, format="torch", overwrite=True)
+    with pytest.raises(ValueError, match="must not hold the tokenizer"):
+        export_model(make_model("RNNModel"), model, format="torch", overwrite=True, tokenizer_folder=model)
+
+
+def test_a_link_is_replaced_and_not_what_it_points_to(saved, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("other")
+    monkeypatch.chdir(tmp_path)
+    report = export_model(saved, "link", format="torch", overwrite=True)
+    assert report["folder"] == str(tmp_path / "link")
+    assert everything_in(tmp_path) == ["link", *sorted(f"link/{name}" for name in report["files"]), "other"]
+
+
+def test_what_was_there_comes_back_or_is_said_to_lie_elsewhere(saved, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(target) == out and Path(source).name not in allowed:
+            raise OSError(f"cannot move {source}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    allowed = ["out"]  # what was there
+    assert main(["export", str(saved), str(out), "--format", "torch", "--overwrite"]) == 1
+    assert "cannot move" in capsys.readouterr().err
+    assert everything_in(tmp_path) == ["out", "out/mine.txt"]
+    allowed = []
+    assert main(["export", str(saved), str(out), "--format", "torch", "--overwrite"]) == 1
+    (kept,) = tmp_path.glob(".out.old.*/out")
+    assert f"cannot move {kept}" in capsys.readouterr().err
+    assert (kept / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

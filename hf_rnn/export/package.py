@@ -53,7 +53,8 @@ def export_model(
         format (`str`): `"onnx"`, for [`runner.load`] and every other ONNX runtime, or `"torch"`, for
             `torch.export.load`.
         int8 (`bool`): Whether weights get eight bits (`"onnx"` only).
-        overwrite (`bool`): Whether what is at `folder` may be replaced.
+        overwrite (`bool`): Whether what is at `folder` may be replaced. What holds the model or its tokenizer, or the
+            program's own folder, never is.
         tokenizer_folder (`str` or `PathLike`, *optional*): Where the files of the tokenizer lie; in the folder of the
             model where not given.
 
@@ -63,7 +64,8 @@ def export_model(
         weights got eight bits; `checked_sizes`, the rows and lengths of these inputs.
 
     Raises:
-        `ValueError`: A wrong argument, a model of another library, or a cell that the format cannot express.
+        `ValueError`: A wrong argument, a model of another library, a cell that the format cannot express, or a `folder`
+            that must not be replaced.
         `FileExistsError`: There is something at `folder`, and `overwrite` is False.
         `ImportError`: The packages of the extra `onnx` are missing.
         `RuntimeError`: What was written does not compute what the model does.
@@ -74,9 +76,13 @@ def export_model(
         raise ValueError(f"`int8` must be False unless `format` is 'onnx', got True with {format!r}.")
     if format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
-    folder = Path(folder)
-    if (folder.exists() or folder.is_symlink()) and not overwrite:
+    folder = Path(folder).absolute()
+    if not folder.is_symlink():  # a link is replaced itself
+        folder = folder.resolve()
+    if os.path.lexists(folder) and not overwrite:
         raise FileExistsError(f"{folder} exists already: choose another folder, or pass `overwrite` to replace it.")
+    source = model.name_or_path if isinstance(model, PreTrainedModel) else model
+    _check_may_be_replaced(folder, {"the model": source, "the tokenizer": tokenizer_folder})
     if not isinstance(model, PreTrainedModel):
         tokenizer_folder = tokenizer_folder or model
         model = load_model(model)
@@ -116,6 +122,16 @@ def export_model(
         "int8_differences": int8_differences,
         "checked_sizes": CHECKED_SIZES,
     }
+
+
+def _check_may_be_replaced(folder: Path, needed: dict[str, str | os.PathLike | None]) -> None:
+    """Raises `ValueError` where what is at `folder` holds one of the folders that are needed, by what they hold."""
+    if not os.path.lexists(folder):
+        return
+    for name, path in {**needed, "the current directory": Path.cwd()}.items():
+        # The name of a model on the Hub is not there.
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"`folder` must not hold {name} ({path}), which would be deleted with it, got {folder}.")
 
 
 def load_model(path: str | os.PathLike) -> PreTrainedModel:
@@ -254,19 +270,19 @@ def _copy_configuration(folder: Path, model: PreTrainedModel, tokenizer_folder) 
 def _replace_folder(temporary: Path, folder: Path) -> None:
     """Puts `temporary` in the place of `folder`; what was there is deleted when the new one stands."""
     os.chmod(temporary, 0o777 & ~_umask())
-    old = None
-    if folder.exists() or folder.is_symlink():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.replace(folder, old / folder.name)
+    if not os.path.lexists(folder):
+        os.replace(temporary, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     try:
+        os.replace(folder, old / folder.name)
         os.replace(temporary, folder)
     except BaseException:
-        if old is not None:
-            os.replace(old / folder.name, folder)
+        if os.path.lexists(old / folder.name):
+            os.replace(old / folder.name, folder)  # if this fails, too, the error says where everything lies
+        old.rmdir()
         raise
-    finally:
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
