@@ -135,6 +135,29 @@ def test_decoder_graph_computes_what_the_model_does(name, decoder):
     torch.testing.assert_close(torch.cat(weights, dim=2), expected.cross_attentions[0])
 
 
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_what_graphs_read_and_return_has_no_gaps_in_memory(name):
+    options = {"num_attention_heads": 2, "use_coverage": True} if name.startswith("RNNSeq2Seq") else {}
+    _, graphs, _ = make_graphs(make_model(name, dtype=torch.float32, **options))
+    for graph in graphs.values():
+        for tensors in (graph.inputs, graph(graph.inputs)):
+            assert [key for key, tensor in tensors.items() if not tensor.is_contiguous()] == []
+
+
+@pytest.mark.slow
+def test_graphs_of_a_translator_run_compiled_ahead_of_time(translator, tmp_path):
+    _, graphs, _ = make_graphs(translator)
+    graph = graphs["decoder"]
+    package_path = str(tmp_path / "decoder.pt2")
+    torch._inductor.aoti_compile_and_package(to_exported_program(graph), package_path=package_path)
+    compiled = torch._inductor.aoti_load_package(package_path)
+    for batch, length in UNSEEN_SIZES:
+        inputs = package._random_inputs(graph, batch, length, torch.Generator().manual_seed(0))
+        expected = graph(inputs)
+        for output, result in zip(graph.outputs, compiled(*inputs.values()), strict=True):
+            torch.testing.assert_close(result, expected[output], atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_of_another_library_is_refused(tmp_path):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="`model` must be one of the rnn or rnn_seq2seq family, got Linear"):

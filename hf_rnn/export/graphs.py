@@ -46,7 +46,10 @@ class StateDescription(NamedTuple):
 
 
 class _Function(nn.Module):
-    """Gives a module to `torch.export`, which wants one, for a function that uses it."""
+    """
+    Gives a module to `torch.export`, which wants one, for a function that uses it. What it returns has no gaps in memory,
+    because other graphs go on from it: a compiled one expects the strides of the examples.
+    """
 
     def __init__(self, model: nn.Module, function: Callable):
         super().__init__()
@@ -54,7 +57,7 @@ class _Function(nn.Module):
         self.function = function
 
     def forward(self, *tensors):
-        return tuple(self.function(*tensors))
+        return tuple(tensor.contiguous() for tensor in self.function(*tensors))
 
 
 BATCH, LENGTH = 3, 4  # of the examples: no special sizes
@@ -254,13 +257,13 @@ def _translator(
         ["memory.keys", "memory.values", *present],
         model.config.vocab_size,
     )
-    with torch.no_grad():
-        keys, values, *initial = encode(input_ids, mask)
-    past = {f"past.{state.name}": tensor for state, tensor in zip(states, initial)}
+    examples = encoder_graph(encoder_graph.inputs)
+    memory = {name: examples[name] for name in ("memory.keys", "memory.values")} | {"memory.mask": mask}
+    past = {f"past.{state.name}": examples[f"present.{state.name}"] for state in states}
     features = {0: "batch", 2: "source"}
     decoder_graph = Graph(
         _Function(model, decode),
-        {"input_ids": _tokens(BATCH, 1), "memory.keys": keys, "memory.values": values, "memory.mask": mask, **past},
+        {"input_ids": _tokens(BATCH, 1), **memory, **past},
         {"input_ids": {0: "batch"}, "memory.keys": features, "memory.values": features, "memory.mask": tokens}
         | {f"past.{state.name}": {0: "batch"} | ({2: "source"} if state.size is None else {}) for state in states},
         ["last_hidden_state" if model is base else "logits", *present, "cross_attentions"],
