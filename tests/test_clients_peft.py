@@ -10,6 +10,8 @@ from hf_rnn import (
     lora_target_modules,
     lora_target_parameters,
 )
+from hf_rnn.export import export_model, package
+from hf_rnn.export.graphs import make_graphs
 from matrix import MODEL_CLASSES, case_id, make_inputs, make_model
 
 
@@ -145,6 +147,24 @@ def test_two_adapters():
     assert not torch.allclose(logits_of(model, inputs), first)
     model.set_adapter("default")
     torch.testing.assert_close(logits_of(model, inputs), first)
+
+
+@pytest.mark.parametrize(("name", "options"), [CASES[0], CASES[2], CASES[4]], ids=case_id)
+def test_adapters_that_are_in_a_model_are_exported_with_it(name, options, tmp_path):
+    adapted = with_adapter(make_model(name, dtype=torch.float32, **options))
+    with pytest.raises(ValueError, match=r"got PeftModel\. Merge its adapters"):
+        export_model(adapted, tmp_path / "refused", format="torch")
+    model = adapted.get_base_model()
+    report = export_model(model, tmp_path / "out", format="torch")
+    assert max(report["differences"].values()) < 1e-5
+    kind, graphs, states = make_graphs(model)
+    merged_kind, merged_graphs, merged_states = make_graphs(adapted.merge_and_unload())
+    assert (kind, states) == (merged_kind, merged_states)
+    for graph_name, graph in graphs.items():
+        inputs = package._random_inputs(graph, 2, 5, torch.Generator().manual_seed(0))
+        expected = merged_graphs[graph_name](inputs)
+        for output, result in graph(inputs).items():
+            torch.testing.assert_close(result, expected[output], atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_is_refused_by_peft():

@@ -158,10 +158,19 @@ def test_graphs_of_a_translator_run_compiled_ahead_of_time(translator, tmp_path)
             torch.testing.assert_close(result, expected[output], atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_of_another_library_is_refused(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="`model` must be one of the rnn or rnn_seq2seq family, got Linear"):
-        make_graphs(model)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.nn.Linear(2, 2), "must be one of the rnn or rnn_seq2seq family, got Linear.$"),
+        (torch.compile(make_model("RNNModel")), "got OptimizedModule. Pass what was compiled, `model._orig_mod`"),
+        (None, "must be one of the rnn or rnn_seq2seq family, got NoneType.$"),
+    ],
+)
+def test_a_model_of_another_class_is_refused(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=f"`model` .*{message}"):
+        export_model(wrong, tmp_path / "out", format="torch")
+    with pytest.raises(ValueError, match=message):
+        make_graphs(wrong)
 
 
 # Files

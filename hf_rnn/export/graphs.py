@@ -20,6 +20,8 @@ from ..attention import AttentionMemory
 from ..modeling_rnn import RNNForCausalLM, RNNForMultipleChoice, RNNPreTrainedModel
 from ..modeling_rnn_seq2seq import RNNSeq2SeqForConditionalGeneration, RNNSeq2SeqModel
 from ..recurrent_cache import cache_of, read_state, write_state
+from ..recurrent_cells import RecurrentCell
+from ..recurrent_layer import RecurrentLayer
 
 
 class Graph(NamedTuple):
@@ -47,8 +49,8 @@ class StateDescription(NamedTuple):
 
 class _Function(nn.Module):
     """
-    Gives a module to `torch.export`, which wants one, for a function that uses it. What it returns has no gaps in memory,
-    because other graphs go on from it: a compiled one expects the strides of the examples.
+    Gives a module to `torch.export`, which wants one, for a function that uses it. What it returns has no gaps in
+    memory, because other graphs go on from it: a compiled one expects the strides of the examples.
     """
 
     def __init__(self, model: nn.Module, function: Callable):
@@ -63,6 +65,22 @@ class _Function(nn.Module):
 BATCH, LENGTH = 3, 4  # of the examples: no special sizes
 
 
+def check_model(model) -> None:
+    """
+    Raises:
+        `ValueError`: This is not a model of this library's families, or one that cannot be exported.
+    """
+    if not isinstance(model, RNNPreTrainedModel | RNNSeq2SeqModel | RNNSeq2SeqForConditionalGeneration):
+        advice = ""
+        if hasattr(model, "_orig_mod"):
+            advice = " Pass what was compiled, `model._orig_mod`."
+        elif hasattr(model, "merge_and_unload"):
+            advice = " Merge its adapters, and pass what `model.merge_and_unload()` returns."
+        raise ValueError(f"`model` must be one of the rnn or rnn_seq2seq family, got {type(model).__name__}.{advice}")
+    if getattr(model.config, "pointer_generator", False):
+        raise ValueError("`pointer_generator` must be False to export a model: its graphs know no words of the source.")
+
+
 def make_graphs(model: PreTrainedModel) -> tuple[str, dict[str, Graph], list[StateDescription]]:
     """
     Args:
@@ -72,12 +90,9 @@ def make_graphs(model: PreTrainedModel) -> tuple[str, dict[str, Graph], list[Sta
         The kind of model, its graphs by name, and its states.
 
     Raises:
-        `ValueError`: The model is not one of this library's families.
+        `ValueError`: As from [`check_model`].
     """
-    if not isinstance(model, RNNPreTrainedModel | RNNSeq2SeqModel | RNNSeq2SeqForConditionalGeneration):
-        raise ValueError(f"`model` must be one of the rnn or rnn_seq2seq family, got {type(model).__name__}.")
-    if getattr(model.config, "pointer_generator", False):
-        raise ValueError("`pointer_generator` must be False to export a model: its graphs know no words of the source.")
+    check_model(model)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -123,12 +138,18 @@ def _output_class(model: PreTrainedModel) -> type:
     return inspect.signature(type(model).forward).return_annotation
 
 
+def _cells(layer: RecurrentLayer) -> list[RecurrentCell]:
+    """The cells themselves, whatever adapter stands before them."""
+    return layer.within_cells(list)
+
+
 def _describe_states(layers, initial: list[tuple[torch.Tensor, ...]] | None, extra: str | None) -> list:
     """The states of the layers in the order of the cache; `extra` names one more in the first layer."""
     states = []
     for layer_idx, layer in enumerate(layers):
-        names = [*layer.cell.state_names] + ([extra] if extra and layer_idx == 0 else [])
-        sizes = [*layer.state_sizes] + [layer.cell.hidden_size] * (len(names) - len(layer.state_sizes))
+        names = [name for cell in _cells(layer) for name in cell.state_names]
+        names += [extra] if extra and layer_idx == 0 else []
+        sizes = [*layer.state_sizes] + [layer.hidden_size] * (len(names) - len(layer.state_sizes))
         for index, (name, size) in enumerate(zip(names, sizes)):
             value = None
             if initial is not None:
@@ -157,7 +178,7 @@ def _read_cache(cache, sizes: list[list[int]]) -> list[torch.Tensor]:
 def _language_model(model: RNNForCausalLM) -> tuple[dict[str, Graph], list[StateDescription]]:
     layers = model.model.layers
     example = torch.zeros(1, 1)
-    states = _describe_states(layers, [layer.cell.initial_state(example) for layer in layers], None)
+    states = _describe_states(layers, [layer.initial_state(example) for layer in layers], None)
     sizes = _layer_sizes(states, len(layers))
 
     def run(input_ids, attention_mask, positions, past):
@@ -192,7 +213,7 @@ def _language_model(model: RNNForCausalLM) -> tuple[dict[str, Graph], list[State
     )
     # ONNX has a node for the LSTM that is as fast for one token as the step by itself, with eight-bit weights too, and
     # then both graphs share their weights.
-    shares_weights = layers[0].cell.torch_kernel == "lstm"
+    shares_weights = _cells(layers[0])[0].torch_kernel == "lstm"
     step = Graph(
         _Function(model, lambda ids, *past: run(ids, None, 0, past)),
         {"input_ids": _tokens(BATCH, LENGTH if shares_weights else 1), **past},

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..extras import require
 from . import runner
-from .graphs import Graph, make_graphs
+from .graphs import Graph, check_model, make_graphs
 from .onnx_files import SHARED_WEIGHTS, quantize, share_weights, to_exported_program, write_onnx
 
 
@@ -74,6 +74,8 @@ def export_model(
         raise ValueError(f"`format` must be one of {list(FORMATS)}, got {format!r}.")
     if int8 and format != "onnx":
         raise ValueError(f"`int8` must be False unless `format` is 'onnx', got True with {format!r}.")
+    if not isinstance(model, str | os.PathLike):
+        check_model(model)
     if format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
     folder = Path(folder).absolute()
