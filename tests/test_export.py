@@ -173,6 +173,45 @@ def test_a_model_of_another_class_is_refused(wrong, message, tmp_path):
         make_graphs(wrong)
 
 
+class AmbientDtype:
+    """Makes float64 the default type for a while."""
+
+    def __enter__(self):
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *error):
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [AmbientDtype(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode()],
+    ids=["dtype", "autocast", "inference"],
+)
+@pytest.mark.parametrize("name", ["RNNForCausalLM", "RNNForTokenClassification", "RNNSeq2SeqForConditionalGeneration"])
+def test_an_export_does_not_depend_on_what_is_on_around_it(name, state, tmp_path):
+    model = make_model(name, dtype=torch.float32)
+    _, graphs, _ = make_graphs(model)
+    with state:
+        export_model(model, tmp_path / "out", format="torch")
+    for graph_name, graph in graphs.items():
+        module = torch.export.load(tmp_path / f"out/{graph_name}.pt2").module()
+        inputs = package._random_inputs(graph, 2, 5, torch.Generator().manual_seed(0))
+        expected = graph(inputs)
+        for output, result in zip(graph.outputs, module(*inputs.values()), strict=True):
+            torch.testing.assert_close(result, expected[output], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["RNNForCausalLM", "RNNForTokenClassification", "RNNSeq2SeqForConditionalGeneration"])
+def test_outputs_that_a_configuration_asks_for_are_not_exported(name, tmp_path):
+    model = make_model(name, dtype=torch.float32)
+    asked = ("output_attentions", "output_hidden_states", "output_gates")
+    for field in asked:
+        setattr(model.config, field, True)
+    export_model(model, tmp_path / "out", format="torch")
+    assert all(getattr(model.config, field) for field in asked)
+
+
 # Files
 
 

@@ -96,6 +96,8 @@ def make_graphs(model: PreTrainedModel) -> tuple[str, dict[str, Graph], list[Sta
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    for name in ("output_attentions", "output_hidden_states", "output_gates"):  # a graph returns what it names
+        setattr(model.config, name, False)
     if isinstance(model, RNNForCausalLM):
         return "language_model", *_language_model(model)
     if isinstance(model, RNNPreTrainedModel):
@@ -177,7 +179,7 @@ def _read_cache(cache, sizes: list[list[int]]) -> list[torch.Tensor]:
 
 def _language_model(model: RNNForCausalLM) -> tuple[dict[str, Graph], list[StateDescription]]:
     layers = model.model.layers
-    example = torch.zeros(1, 1)
+    example = torch.zeros(1, 1, dtype=torch.float32)
     states = _describe_states(layers, [layer.initial_state(example) for layer in layers], None)
     sizes = _layer_sizes(states, len(layers))
 
@@ -194,7 +196,7 @@ def _language_model(model: RNNForCausalLM) -> tuple[dict[str, Graph], list[State
         )
         return [outputs.logits, *_read_cache(cache_of(outputs), sizes)]
 
-    past = {f"past.{state.name}": torch.zeros(BATCH, state.size) for state in states}
+    past = {f"past.{state.name}": torch.zeros(BATCH, state.size, dtype=torch.float32) for state in states}
     outputs = ["logits", *(f"present.{state.name}" for state in states)]
     rows = {name: {0: "batch"} for name in past}
     tokens = {0: "batch", 1: "length"}

@@ -35,6 +35,7 @@ TOLERANCE = 1e-4
 CHECKED_SIZES = ((1, 1), (1, 7), (2, 1), (5, 19))
 
 
+@torch.autocast("cpu", enabled=False)  # graphs are in float32, whatever is on around them
 def export_model(
     model: PreTrainedModel | str | os.PathLike,
     folder: str | os.PathLike,
@@ -226,7 +227,7 @@ def _random_inputs(graph: Graph, batch: int, length: int, generator: torch.Gener
         elif name == "positions":
             inputs[name] = torch.randint(0, length, shape, generator=generator)
         elif example.is_floating_point():
-            inputs[name] = torch.randn(shape, generator=generator)
+            inputs[name] = torch.randn(shape, generator=generator, dtype=example.dtype)
         else:
             inputs[name] = torch.randint(0, graph.vocab_size, shape, generator=generator)
     return inputs
