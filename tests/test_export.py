@@ -20,7 +20,7 @@ from hf_rnn.export import export_model, load, package, runner
 from hf_rnn.export.graphs import make_graphs
 from hf_rnn.export.onnx_files import share_weights, to_exported_program
 from hf_rnn.recurrent_cells import LSTMCell, RecurrentCell
-from matrix import EOS, MODEL_CLASSES, WORDS, make_inputs, make_mask, make_model, make_tokens
+from matrix import BOS, EOS, MODEL_CLASSES, WORDS, make_inputs, make_mask, make_model, make_tokens
 from test_gates import MinimalGatedCell
 
 
@@ -44,9 +44,19 @@ def as_numpy(inputs: dict) -> dict:
     return {name: tensor.numpy() for name, tensor in inputs.items()}
 
 
+def make_lively_model(name: str, **options):
+    """A model that writes different tokens, one after the other and row by row."""
+    model = make_model(name, dtype=torch.float32, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model
+
+
 @pytest.fixture(scope="module")
 def language_model():
-    return make_model("RNNForCausalLM", dtype=torch.float32)
+    return make_lively_model("RNNForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +69,7 @@ def language_runner(language_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def translator():
-    return make_model(
-        "RNNSeq2SeqForConditionalGeneration", dtype=torch.float32, decoder_type="bahdanau", encoder_layers=1
-    )
+    return make_lively_model("RNNSeq2SeqForConditionalGeneration", decoder_type="bahdanau", encoder_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -439,10 +447,97 @@ def test_translation_runner_generates_the_tokens_of_generate(search, translator,
             assert result.tolist() == expected.tolist(), options
 
 
-def test_translation_continues_what_is_given(translator, translation_runner):
-    inputs = {"input_ids": make_tokens(2, 5), "decoder_input_ids": torch.tensor([[1, 7, 9], [1, 4, 4]])}
+@pytest.mark.parametrize(
+    "given", [[[BOS, 7, 9], [BOS, 4, 4]], [[7, 9], [4, 4]], [[7, 9], [BOS, 4]]], ids=["start", "no_start", "one_start"]
+)
+def test_translation_continues_what_is_given(given, translator, translation_runner):
+    inputs = {"input_ids": make_tokens(2, 5), "decoder_input_ids": torch.tensor(given)}
     expected = translator.generate(**inputs, num_beams=2, max_new_tokens=5)
     assert translation_runner.generate(**as_numpy(inputs), num_beams=2, max_new_tokens=5).tolist() == expected.tolist()
+
+
+def test_each_row_of_a_translation_may_have_its_start(translator, translation_runner):
+    source = make_tokens(2, 5)
+    options = {"decoder_start_token_id": [5, 6], "num_beams": 2, "max_new_tokens": 5}
+    expected = translator.generate(source, **options)
+    assert translation_runner.generate(source.numpy(), **options).tolist() == expected.tolist()
+    with pytest.raises(
+        ValueError, match="`decoder_start_token_id` must be one token id or a list of 3, one for each row"
+    ):
+        translation_runner.generate(make_tokens(3, 5).numpy(), **options)
+    with pytest.raises(ValueError, match="`decoder_start_token_id` must lie between 0 and 28, got -1"):
+        translation_runner.generate(source.numpy(), decoder_start_token_id=-1)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eos_token_id": -1, "min_new_tokens": 6},
+        {"eos_token_id": [29, EOS], "min_length": 10, "pad_token_id": 0},
+        {"suppress_tokens": [-1, 29]},
+        {"begin_suppress_tokens": [29, -1]},
+        {"eos_token_id": [5, 6], "pad_token_id": 0, "top_k": -1, "temperature": 0.0},
+    ],
+    ids=str,
+)
+def test_tokens_outside_of_the_vocabulary_do_nothing(options, num_beams, language_model, language_runner):
+    # Only the last token is left, which is where -1 would lead.
+    suppressed = [*range(28), *options.get("suppress_tokens", ())]
+    options = {"max_new_tokens": 8, "num_beams": num_beams} | options | {"suppress_tokens": suppressed}
+    input_ids = make_tokens(4, 3, seed=1)
+    expected = language_model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+    assert (expected[:, 3:] == 28).all()
+    assert language_runner.generate(input_ids.numpy(), **options).tolist() == expected.tolist()
+
+
+def test_where_nothing_can_be_chosen_beams_return_the_prompts(language_model, language_runner):
+    input_ids = make_tokens(2, 3)
+    options = {"suppress_tokens": [*range(29)], "num_beams": 2, "max_new_tokens": 4}
+    expected = language_model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+    assert language_runner.generate(input_ids.numpy(), **options).tolist() == expected.tolist()
+
+
+def test_padding_outside_of_the_vocabulary_is_refused_where_it_is_read(language_model, language_runner):
+    input_ids = make_tokens(4, 3, seed=1)
+    options = {"pad_token_id": -1, "max_new_tokens": 12}
+    expected = language_model.generate(input_ids[:1], attention_mask=torch.ones(1, 3), **options)
+    assert language_runner.generate(input_ids[:1].numpy(), **options).tolist() == expected.tolist()
+    with pytest.raises(IndexError):
+        language_model.generate(input_ids, attention_mask=torch.ones(4, 3), **options)
+    with pytest.raises(ValueError, match="`pad_token_id` must lie between 0 and 28, got -1"):
+        language_runner.generate(input_ids.numpy(), **options)
+
+
+def test_fields_of_the_file_that_do_not_change_the_tokens_are_left_out():
+    harmless = {
+        "_from_model_config": True,
+        "assistant_confidence_threshold": 0.4,
+        "cache_implementation": "static",
+        "disable_compile": True,
+        "max_matching_ngram_size": 2,
+        "num_assistant_tokens": 20,
+        "output_attentions": True,
+        "output_scores": True,
+        "prefill_chunk_size": 4,
+        "prompt_lookup_num_tokens": 3,
+        "return_dict_in_generate": True,
+        "token_healing": False,
+        "transformers_version": "5.24.0",
+        "use_cache": False,
+    }
+    assert runner.read_settings(harmless, {}, 29) == runner.read_settings({}, {}, 29)
+    with pytest.raises(ValueError, match="`token_healing` is not supported here"):
+        runner.read_settings({"token_healing": True}, {}, 29)
+
+
+def test_beams_that_are_drawn_keep_two_tokens():
+    """As in transformers, where no token ends a sequence, too."""
+    import numpy
+
+    settings = runner.read_settings({}, {"do_sample": True, "num_beams": 2, "top_k": 1}, 5)
+    scores = runner._process(numpy.zeros((1, 1), dtype=int), numpy.arange(5.0)[None], settings, 1, 9)
+    assert numpy.isfinite(scores).sum() == 2
 
 
 @pytest.mark.parametrize(
@@ -458,7 +553,7 @@ def test_sampling_draws_from_the_same_scores(options, language_model, language_r
         return_dict_in_generate=True,
         **options,
     ).scores[0]
-    settings = runner.read_settings(language_runner.generation_config, options)
+    settings = runner.read_settings(language_runner.generation_config, options, 29)
     logits, _ = language_runner(input_ids.numpy())
     scores = runner._process(input_ids.numpy(), logits[:, -1].copy(), settings, 5, 6)
     torch.testing.assert_close(torch.from_numpy(scores), expected)
@@ -594,6 +689,31 @@ def test_texts(tmp_path):
         ({"input_ids": [[1, 2]], "num_return_sequences": 2}, "`num_return_sequences` must be at most `num_beams`"),
         ({"input_ids": [[1, 2]], "early_stopping": "soon"}, "`early_stopping` must be True, False or 'never'"),
         ({"input_ids": [[1, 2]], "do_sample": True, "temperature": 0.0}, "`temperature` must be a positive number"),
+        (
+            {"input_ids": [[1, 2]], "do_sample": True, "top_k": -1},
+            "`top_k` must be an integer of at least 0, .* got -1",
+        ),
+        ({"input_ids": [[1, 2]], "eos_token_id": 2.5}, "`eos_token_id` must be token ids, which are integers, got 2.5"),
+        (
+            {"input_ids": [[1, 2]], "bad_words_ids": []},
+            r"`bad_words_ids` must be a list of lists of token ids, got \[\]",
+        ),
+        (
+            {"input_ids": [[1, 2]], "bad_words_ids": [5]},
+            r"`bad_words_ids` must be a list of lists of token ids, got \[5",
+        ),
+        ({"input_ids": [[1, 2]], "bad_words_ids": [[-1]]}, r"`bad_words_ids` must lie between 0 and 28, got \[-1\]"),
+        (
+            {"input_ids": [[1, 2]], "bad_words_ids": [[5, 29]]},
+            r"`bad_words_ids` must lie between 0 and 28, got \[5, 29",
+        ),
+        ({"input_ids": [[1, 2]], "forced_eos_token_id": -1}, "`forced_eos_token_id` must lie between 0 and 28, got -1"),
+        ({"input_ids": [[1, 2]], "forced_bos_token_id": 29}, "`forced_bos_token_id` must lie between 0 and 28, got 29"),
+        (
+            {"input_ids": [[1, 2]], "forced_eos_token_id": 2, "suppress_tokens": [2, 3]},
+            r"`forced_eos_token_id` must not be among `suppress_tokens`, got \[2\]",
+        ),
+        ({"bos_token_id": -1}, "`bos_token_id` must lie between 0 and 28, got -1"),
     ],
 )
 def test_runner_refuses_what_it_cannot_do(arguments, message, language_runner):

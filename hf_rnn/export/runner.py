@@ -12,7 +12,7 @@ The text methods need `tokenizers` besides. `generate` chooses tokens as `genera
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,9 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 # which they change nothing (None never does).
 UNSUPPORTED: dict[str, tuple] = {
     "assistant_early_exit": (),
+    "constraints": (),
     "diversity_penalty": (0.0,),
+    "dola_layers": (),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1.0,),
     "epsilon_cutoff": (0.0,),
@@ -70,6 +72,7 @@ UNSUPPORTED: dict[str, tuple] = {
     "remove_invalid_values": (False,),
     "sequence_bias": (),
     "stop_strings": (),
+    "token_healing": (False,),
     "top_h": (),
     "typical_p": (1.0,),
     "watermarking_config": (),
@@ -242,6 +245,9 @@ class _Generator(OnnxModel):
         """The width of each state by name."""
         return {state["name"]: state["size"] for state in self.description["states"]}
 
+    def _settings(self, options: dict) -> dict[str, Any]:
+        return read_settings(self.generation_config, options, self.config["vocab_size"])
+
     def _past(self, state: State) -> dict[str, np.ndarray]:
         return {f"past.{name}": state[name] for name in self.state_sizes}
 
@@ -365,11 +371,11 @@ class OnnxLanguageModel(_Generator):
         Raises:
             `ValueError`: An option that is unknown or out of range, or inputs of a wrong shape.
         """
-        settings = read_settings(self.generation_config, options)
+        settings = self._settings(options)
         if input_ids is None:
             if settings["bos_token_id"] is None:
                 raise ValueError("`input_ids` must be given: `bos_token_id` is not set.")
-            input_ids = [[settings["bos_token_id"]]]
+            input_ids = _first_tokens("bos_token_id", settings, 1, self.config["vocab_size"])
         input_ids = _token_ids(input_ids, self.config["vocab_size"])
         attention_mask = _mask(attention_mask, input_ids.shape)
         logits, state = self(input_ids, attention_mask, state, positions=[-1])
@@ -390,7 +396,7 @@ class OnnxLanguageModel(_Generator):
         Returns:
             [`Stream`]: An iterator of token ids.
         """
-        settings = read_settings(self.generation_config, options)
+        settings = self._settings(options)
         if input_ids is None and state is not None and "logits" in state:
             self._check_state(state, 1)
             return Stream(self._next, state["logits"], state, settings, seed)
@@ -481,15 +487,17 @@ class OnnxTranslator(_Generator):
             raise ValueError("This model has no projection to the vocabulary and cannot generate.")
         memory, state = self.read(input_ids, attention_mask)
         batch = len(memory.mask)
+        name = "bos_token_id" if settings["decoder_start_token_id"] is None else "decoder_start_token_id"
+        if settings[name] is None:
+            raise ValueError("`decoder_start_token_id` or `bos_token_id` must be set, got None for both.")
+        start = _first_tokens(name, settings, batch, self.config["vocab_size"])
         if decoder_input_ids is None:
-            start = settings["decoder_start_token_id"]
-            start = settings["bos_token_id"] if start is None else start
-            if start is None:
-                raise ValueError("`decoder_start_token_id` must be set, or `decoder_input_ids` given.")
-            decoder_input_ids = np.full((batch, 1), start)
+            decoder_input_ids = start
         decoder_input_ids = _token_ids(decoder_input_ids, self.config["vocab_size"])
         if len(decoder_input_ids) != batch:
             raise ValueError(f"`decoder_input_ids` must have {batch} rows, got {len(decoder_input_ids)}.")
+        if (decoder_input_ids[:, :1] != start).all():  # as transformers: where no row begins with it
+            decoder_input_ids = np.concatenate([start, decoder_input_ids], axis=1)
         for tokens in decoder_input_ids.T:
             logits, state, _ = self.step(tokens, state, memory)
         return memory, decoder_input_ids, logits, state
@@ -502,7 +510,7 @@ class OnnxTranslator(_Generator):
             input_ids (array of shape `(batch, source)`): The source tokens.
             attention_mask (array of shape `(batch, source)`, *optional*): Non-zero where there is a token.
             decoder_input_ids (array of shape `(batch, target)`, *optional*):
-                How the targets begin; `decoder_start_token_id` where not given.
+                How the targets begin; `decoder_start_token_id` comes before it where no row begins with that.
             seed (`int` or `numpy.random.Generator`, *optional*): For sampling.
             options: The fields of `GENERATION_DEFAULTS`, which take precedence over generation_config.json.
 
@@ -512,7 +520,7 @@ class OnnxTranslator(_Generator):
         Raises:
             `ValueError`: An option that is unknown or out of range, or inputs of a wrong shape.
         """
-        settings = read_settings(self.generation_config, options)
+        settings = self._settings(options)
         memory, prefix, logits, state = self._begin(input_ids, attention_mask, decoder_input_ids, settings)
         return _generate(
             prefix, None, logits, state, lambda repeats: self._next(memory.repeat(repeats)), settings, seed
@@ -520,7 +528,7 @@ class OnnxTranslator(_Generator):
 
     def stream(self, input_ids, attention_mask=None, decoder_input_ids=None, seed=None, **options) -> "Stream":
         """Translates one source token by token; arguments as in [`~OnnxTranslator.generate`]."""
-        settings = read_settings(self.generation_config, options)
+        settings = self._settings(options)
         memory, prefix, logits, state = self._begin(input_ids, attention_mask, decoder_input_ids, settings)
         if len(prefix) != 1:
             raise ValueError(f"`input_ids` must be one source, got {len(prefix)}.")
@@ -585,9 +593,10 @@ class Stream(Iterator[int]):
         return {**self._state, "logits": self._logits}
 
 
-def read_settings(generation_config: dict, options: dict) -> dict[str, Any]:
+def read_settings(generation_config: dict, options: dict, vocab_size: int) -> dict[str, Any]:
     """
-    The options of a generation: defaults, then the file, then the call.
+    The options of a generation: defaults, then the file, then the call. Fields of the file that do not change the
+    tokens are left out.
 
     Raises:
         `ValueError`: An option is unknown, not supported here, or out of range.
@@ -608,12 +617,14 @@ def read_settings(generation_config: dict, options: dict) -> dict[str, Any]:
     for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {settings[name]!r}.")
-    for name in ("temperature", "repetition_penalty"):
+    for name in ("temperature", "repetition_penalty") if settings["do_sample"] else ("repetition_penalty",):
         if not settings[name] > 0:
             raise ValueError(f"`{name}` must be a positive number, got {settings[name]!r}.")
-    for name in ("top_p", "min_p"):
+    for name in ("top_p", "min_p") if settings["do_sample"] else ():
         if settings[name] is not None and not 0 <= settings[name] <= 1:
             raise ValueError(f"`{name}` must lie between 0 and 1, got {settings[name]!r}.")
+    if settings["do_sample"] and (not isinstance(settings["top_k"], int | np.integer) or settings["top_k"] < 0):
+        raise ValueError(f"`top_k` must be an integer of at least 0, which allows all, got {settings['top_k']!r}.")
     if settings["early_stopping"] not in (True, False, "never"):
         raise ValueError(f"`early_stopping` must be True, False or 'never', got {settings['early_stopping']!r}.")
     limit = settings["num_beams"] if settings["num_beams"] > 1 or not settings["do_sample"] else None
@@ -622,14 +633,60 @@ def read_settings(generation_config: dict, options: dict) -> dict[str, Any]:
             f"`num_return_sequences` must be at most `num_beams` ({limit}) without sampling, got "
             f"{settings['num_return_sequences']}."
         )
-    if settings["pad_token_id"] is None and settings["eos_token_id"] is not None:
-        settings["pad_token_id"] = _end_tokens(settings)[0]
+    _read_token_ids(settings, vocab_size)
     return settings
 
 
+def _read_token_ids(settings: dict, vocab_size: int) -> None:
+    """
+    Makes lists of the options that are one token or several. What ends or is suppressed may lie outside of the
+    vocabulary, where it does nothing, as in transformers.
+    """
+    for name in ("eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
+        if settings[name] is not None:
+            settings[name] = _as_ids(name, settings[name])
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        if settings[name] is None:
+            continue
+        settings[name] = _as_ids(name, settings[name], vocab_size)
+        if settings["suppress_tokens"] and set(settings[name]) <= set(settings["suppress_tokens"]):
+            raise ValueError(f"`{name}` must not be among `suppress_tokens`, got {settings[name]} for it.")
+    words = settings["bad_words_ids"]
+    if words is not None:
+        if not isinstance(words, Sequence) or not words or not all(isinstance(word, Sequence) for word in words):
+            raise ValueError(f"`bad_words_ids` must be a list of lists of token ids, got {words!r}.")
+        settings["bad_words_ids"] = [_as_ids("bad_words_ids", word, vocab_size) for word in words if word]
+    if settings["pad_token_id"] is None and settings["eos_token_id"]:
+        settings["pad_token_id"] = settings["eos_token_id"][0]
+
+
+def _as_ids(name: str, value, vocab_size: int | None = None) -> list[int]:
+    """The token ids of an option that is one or several of them; with `vocab_size` they must be in the vocabulary."""
+    ids = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(token, int | np.integer) for token in ids):
+        raise ValueError(f"`{name}` must be token ids, which are integers, got {value!r}.")
+    if vocab_size is not None and not all(0 <= token < vocab_size for token in ids):
+        raise ValueError(f"`{name}` must lie between 0 and {vocab_size - 1}, got {value!r}.")
+    return ids
+
+
+def _first_tokens(name: str, settings: dict, rows: int, vocab_size: int) -> np.ndarray:
+    """The tokens `[rows, 1]` with which sequences begin by the option `name`: one for all, or a list of them."""
+    tokens = _as_ids(name, settings[name], vocab_size)
+    if isinstance(settings[name], Iterable) and len(tokens) != rows:
+        raise ValueError(
+            f"`{name}` must be one token id or a list of {rows}, one for each row, got {settings[name]!r}."
+        )
+    return np.full((rows, 1), np.array(tokens)[:, None], dtype=np.int64)
+
+
 def _end_tokens(settings: dict) -> list[int]:
-    tokens = settings["eos_token_id"]
-    return [] if tokens is None else list(np.atleast_1d(tokens))
+    return settings["eos_token_id"] or []
+
+
+def _forbid(scores: np.ndarray, tokens: Sequence[int]) -> None:
+    """Rules tokens out; those outside of the vocabulary are none."""
+    scores[:, [token for token in tokens if 0 <= token < scores.shape[1]]] = -np.inf
 
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -684,10 +741,10 @@ def _process(
         if len(start) <= length:
             matches = (sequences[:, length - len(start) :] == np.array(start, dtype=np.int64)).all(-1)
             scores[matches, last] = -np.inf
-    if end_tokens and length < settings["min_length"]:
-        scores[:, end_tokens] = -np.inf
-    if end_tokens and settings["min_new_tokens"] is not None and length - prompt_length < settings["min_new_tokens"]:
-        scores[:, end_tokens] = -np.inf
+    if length < settings["min_length"]:
+        _forbid(scores, end_tokens)
+    if settings["min_new_tokens"] is not None and length - prompt_length < settings["min_new_tokens"]:
+        _forbid(scores, end_tokens)
     forced = settings["forced_bos_token_id"] if length == 1 else None
     if max_length is not None and length == max_length - 1 and settings["forced_eos_token_id"] is not None:
         forced = settings["forced_eos_token_id"]
@@ -695,13 +752,13 @@ def _process(
         scores[:] = -np.inf
         scores[:, forced] = 0
     if settings["suppress_tokens"] is not None:
-        scores[:, settings["suppress_tokens"]] = -np.inf
+        _forbid(scores, settings["suppress_tokens"])
     if settings["begin_suppress_tokens"] is not None:
         begins_later = prompt_length <= 1 and settings["forced_bos_token_id"] is not None
         if length == prompt_length + int(begins_later):
-            scores[:, settings["begin_suppress_tokens"]] = -np.inf
+            _forbid(scores, settings["begin_suppress_tokens"])
     if settings["do_sample"]:
-        scores = _narrow(scores, settings, 1 if settings["num_beams"] == 1 else len(end_tokens) + 1)
+        scores = _narrow(scores, settings, 1 if settings["num_beams"] == 1 else max(2, len(end_tokens) + 1))
     return _log_softmax(scores) if settings["renormalize_logits"] else scores
 
 
@@ -792,6 +849,8 @@ def _extend(sequences, logits, state, read_tokens, process, settings, max_length
         is_running &= ~np.isin(tokens, end_tokens)
         if sequences.shape[1] >= max_length or not is_running.any():
             return sequences
+        if not is_running.all():
+            _as_ids("pad_token_id", settings["pad_token_id"], logits.shape[1])  # it is read where a row has ended
         logits, state = read_tokens(tokens, state)
 
 
@@ -813,7 +872,7 @@ def _beam_search(sequences, logits, state, read_tokens, process, settings, max_l
     running_scores = np.zeros((batch, beams), dtype=np.float32)
     running_scores[:, 1:] = NEVER  # all beams begin alike: only the first counts
     scores = np.full((batch, beams), NEVER)
-    lengths = np.zeros((batch, beams), dtype=np.int64)
+    lengths = np.full((batch, beams), prompt_length)
     is_finished = np.zeros((batch, beams), dtype=bool)
     can_improve = np.ones((batch, 1), dtype=bool)
     for length in range(prompt_length, max_length):
