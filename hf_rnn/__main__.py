@@ -54,9 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     export = commands.add_parser("export", help="write a model as ONNX or torch.export files, and check them")
     export.add_argument("model", metavar="MODEL", help="folder of the model, or its name on the Hub")
     export.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
-    export.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="onnx (default) or torch (.pt2)")
+    export.add_argument(
+        "--format",
+        choices=("onnx", "torch"),
+        default="onnx",
+        help="onnx (default) or torch (.pt2, read after import hf_rnn)",
+    )
     export.add_argument("--int8", action="store_true", help="give the weights eight bits (onnx)")
-    export.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+    export.add_argument("--overwrite", action="store_true", help="replace OUT where it exists, unless MODEL lies in it")
     export.set_defaults(run=_export)
     parsed = parser.parse_args(arguments)
     try:

@@ -888,6 +888,14 @@ def test_folders_that_hold_no_export(tmp_path, language_runner):
         load(tmp_path)
 
 
+def test_files_of_torch_are_not_for_the_runner(saved, tmp_path):
+    export_model(saved, tmp_path / "out", format="torch")
+    message = r"must be 'onnx', got 'torch': open model\.pt2 with `torch\.export\.load` after `import hf_rnn`"
+    for open_folder in (load, runner.OnnxEncoder):
+        with pytest.raises(ValueError, match=message):
+            open_folder(tmp_path / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell_type", ["gru", "rnn_tanh"])
 def test_other_cells_generate_in_onnx(cell_type, tmp_path):

@@ -52,7 +52,7 @@ def export_model(
             float32 is exported.
         folder (`str` or `PathLike`): Where to write. Nothing is there, or nothing is changed, until all is done.
         format (`str`): `"onnx"`, for [`runner.load`] and every other ONNX runtime, or `"torch"`, for
-            `torch.export.load`.
+            `torch.export.load`, before which `import hf_rnn` has to stand.
         int8 (`bool`): Whether weights get eight bits (`"onnx"` only).
         overwrite (`bool`): Whether what is at `folder` may be replaced. What holds the model or its tokenizer, or the
             program's own folder, never is.

@@ -7,7 +7,8 @@
     model = load(".")
     print(model.generate(model.encode(["Once upon a time"]).input_ids, max_new_tokens=20))
 
-The text methods need `tokenizers` besides. `generate` chooses tokens as `generate()` of transformers does.
+The text methods need `tokenizers` besides. What was exported with `--format torch` is for `torch.export.load`, after
+`import hf_rnn`, and not for this file. `generate` chooses tokens as `generate()` of transformers does.
 """
 
 import json
@@ -103,7 +104,7 @@ def load(folder: str | Path, **options) -> "OnnxModel":
 
     Raises:
         `FileNotFoundError`: The folder holds no exported model.
-        `ValueError`: It was written by a later version.
+        `ValueError`: It was written by a later version, or for `torch.export.load`.
         `ImportError`: ONNX Runtime is not installed.
     """
     kind = _read_description(folder)["kind"]
@@ -121,6 +122,12 @@ def _read_description(folder: str | Path) -> dict:
         raise ValueError(
             f"`format_version` of {path} must be at most {FORMAT_VERSION}, got {description['format_version']}: use "
             "the runner that lies in the folder, or a later version of hf_rnn."
+        )
+    if description["format"] != "onnx":
+        files = ", ".join(graph["file"] for graph in description["graphs"].values())
+        raise ValueError(
+            f"`format` of {path} must be 'onnx', got {description['format']!r}: open {files} with `torch.export.load` "
+            "after `import hf_rnn`, or export the model with `format` 'onnx'."
         )
     return description
 
