@@ -146,8 +146,9 @@ def _what_is_known(decoder: nn.Module) -> _Known:
     if found is None or any(of_cell is None or of_cell[1] for of_cell in of_cells):
         return _Known()
     attributes, read = found
-    drops = decoder.training and any(
-        getattr(decoder.config, name) > 0 for name in ("hidden_dropout", "output_dropout", "recurrent_dropout")
+    # Rates may have been set on modules, and modules to training one by one.
+    drops = any(part.training for part in _parts(decoder).values()) and any(
+        value > 0 for name, value in read.items() if isinstance(value, float) and name.endswith(("dropout", ".p"))
     )
     description = json.dumps([type(decoder).__name__, config, attributes], sort_keys=True)
     draws = drops or any(draws for draws, _ in of_cells)

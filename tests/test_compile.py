@@ -309,6 +309,19 @@ def test_dropped_units_of_decoders():
     )
 
 
+def test_dropout_beside_a_decoder_in_evaluation():
+    """A part that is set to training, at a rate of its own."""
+    model, inputs = stepwise_model().eval(), next(inputs_of_lengths())
+    model.model.decoder.output_dropout.p = 0.4
+    model.model.decoder.output_dropout.train()
+    compiled = torch.compile(model.model, fullgraph=True, backend="aot_eager")
+    del inputs["labels"]
+    check_slope(
+        lambda: compiled(**inputs, use_cache=False).last_hidden_state.sin().sum(),
+        list(model.model.decoder.layers.parameters()),
+    )
+
+
 @pytest.mark.parametrize("decoder", STEPWISE, ids=case_id)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decoders_in_mixed_precision(decoder, dtype):
