@@ -180,6 +180,16 @@ def _others(decoder: nn.Module) -> list[str]:
     return [name for name, value in read.items() if not isinstance(value, float)]
 
 
+@torch.compiler.assume_constant_result
+def _exports() -> bool:
+    return torch.compiler.is_exporting()  # which an older compiler takes for true in every graph
+
+
+def is_compiled() -> bool:
+    """Whether `torch.compile` makes a graph, and not an exporter."""
+    return torch.compiler.is_dynamo_compiling() and not _exports()
+
+
 def run_positions_opaquely(
     decoder: nn.Module,
     hidden_states: torch.Tensor,

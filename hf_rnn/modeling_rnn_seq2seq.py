@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 
 from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions, merge_heads, split_heads
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
-from .decoder_operator import register_decoder, run_positions_opaquely
+from .decoder_operator import is_compiled, register_decoder, run_positions_opaquely
 from .deferred_logits import vocabulary_logits
 from .fast_paths import may_take
 from .generation_masks import GenerationMasks
@@ -355,8 +355,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         hidden_states = self.embedded(self.embedding_dropout(inputs_embeds))
         run = self.run_positions
         # A single position goes into a graph as it is.
-        in_graph = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-        if in_graph and self.loops_over_positions and seq_length > 1 and not recording:
+        if is_compiled() and self.loops_over_positions and seq_length > 1 and not recording:
             run = partial(run_positions_opaquely, self)
         outputs, weights, new_states, histories = run(
             hidden_states, states, padding, memory, target is not None, recording
@@ -810,10 +809,15 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, SharedSources, RNNSeq2
         gate_size = config.encoder_output_size + config.hidden_size + config.embedding_size
         self.copy_gate = CopyGate(gate_size) if config.pointer_generator else None
         self.post_init()
-        # Pointers, coverage and alignments ask for attentions, and a graph cannot hold the lock under which the hooks
-        # are installed.
+        if config.pointer_generator or config.coverage_loss_weight > 0:
+            self._install_hooks()
+
+    # A graph cannot hold the lock under which the hooks are installed that record what is asked for.
+    @torch.compiler.assume_constant_result
+    def _install_hooks(self) -> bool:
         for module in (self.model.encoder, self.model.decoder):
             maybe_install_capturing_hooks(module)
+        return True
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's inputs `[batch, target]` for labels of that shape, for data collators."""
@@ -871,6 +875,8 @@ class RNNSeq2SeqForConditionalGeneration(GenerationMasks, SharedSources, RNNSeq2
         returns_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if trains and (alignments is not None or self.config.coverage_loss_weight > 0):
             kwargs["output_attentions"] = True
+            if torch.compiler.is_dynamo_compiling():
+                self._install_hooks()
         returns_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if self.copy_gate is not None:
             kwargs |= {"output_attentions": True, "output_hidden_states": True}
