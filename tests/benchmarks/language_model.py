@@ -85,3 +85,17 @@ def training_step(settings: Settings, autocast: bool = False, hidden_size: int |
     dtype = torch.bfloat16 if autocast else torch.float32
     floor = matrix_products(step_shapes(model.config, batch * seq), settings, backward=True, dtype=dtype)
     return measure(settings, theirs, ours, floor)
+
+
+@benchmark("compiled-lm", "the same without optimizer, compiled (inductor) / not compiled", {"cpu": None, "cuda": None})
+def compiled_step(settings: Settings):
+    """Forward and backward. The operator of a layer runs its forward again in the backward."""
+    model = make_language_model(settings).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if settings.quick else "inductor")
+    input_ids = torch.randint(3, model.config.vocab_size, settings.size((32, 50), (3, 5)), device=settings.device)
+
+    def gradients(run):
+        return torch.autograd.grad(run(input_ids=input_ids, labels=input_ids).loss, list(model.parameters()))
+
+    check_equal("gradients", gradients(compiled), gradients(model), 1e-3)
+    return measure(settings, lambda: gradients(model), lambda: gradients(compiled), rounds=5)
