@@ -40,7 +40,7 @@ DECODERS: dict[str, type[nn.Module]] = {}
 def register_decoder(decoder_class: type[nn.Module]) -> type[nn.Module]:
     """A decorator, which puts a class into `DECODERS` and lets a compiler ask what is known of its objects."""
     DECODERS[decoder_class.__name__] = decoder_class
-    for function in (_description, _weight_names, _draws, _numbers, _others):
+    for function in (_graph_description, _graph_weight_names, _graph_draws, _graph_numbers, _graph_others):
         setattr(decoder_class, function.__name__, torch.compiler.assume_constant_result(function))
     return decoder_class
 
@@ -158,24 +158,24 @@ def _what_is_known(decoder: nn.Module) -> _Known:
 # As methods of decoders, on which a compiler can call them; it looks for them by their own names.
 
 
-def _description(decoder: nn.Module) -> str:
+def _graph_description(decoder: nn.Module) -> str:
     return _what_is_known(decoder).description
 
 
-def _weight_names(decoder: nn.Module) -> list[str]:
+def _graph_weight_names(decoder: nn.Module) -> list[str]:
     return list(_what_is_known(decoder).weight_names)
 
 
-def _draws(decoder: nn.Module) -> bool:
+def _graph_draws(decoder: nn.Module) -> bool:
     return _what_is_known(decoder).draws
 
 
-def _numbers(decoder: nn.Module) -> list[tuple[str, float]]:
+def _graph_numbers(decoder: nn.Module) -> list[tuple[str, float]]:
     read = _what_is_known(decoder).attributes or {}
     return [(name, value) for name, value in read.items() if isinstance(value, float)]
 
 
-def _others(decoder: nn.Module) -> list[str]:
+def _graph_others(decoder: nn.Module) -> list[str]:
     read = _what_is_known(decoder).attributes or {}
     return [name for name, value in read.items() if not isinstance(value, float)]
 
@@ -204,8 +204,8 @@ def run_positions_opaquely(
     where the operator would not do the same: an adapter or a hook in the decoder, a cell that cannot be described or
     writes to its buffers, or a transformation of functions that is to go through it.
     """
-    is_known = is_as_compared(decoder, decoder._numbers(), decoder._others())
-    description = decoder._description()
+    is_known = is_as_compared(decoder, decoder._graph_numbers(), decoder._graph_others())
+    description = decoder._graph_description()
     if not is_known or not description or is_transformed():
         return decoder.run_positions(hidden_states, states, padding, memory, needs_state, recording)
     results = recurrent_decoder(
@@ -213,13 +213,13 @@ def run_positions_opaquely(
         [part for state in states for part in state],
         memory.keys,
         memory.values,
-        [attrgetter(name)(decoder) for name in decoder._weight_names()],
+        [attrgetter(name)(decoder) for name in decoder._graph_weight_names()],
         None if padding is None else padding.mask,
         memory.mask,
         description,
         needs_state,
         str(autocast_dtype(hidden_states.device.type) or "").removeprefix("torch."),
-        torch.randint(2**63 - 1, (), device="cpu") if decoder._draws() else None,
+        torch.randint(2**63 - 1, (), device="cpu") if decoder._graph_draws() else None,
     )
     outputs, weights, *results = results
     for layer, of_layer in zip(decoder.layers, results):

@@ -49,27 +49,27 @@ def _what_is_known(cell: RecurrentCell) -> _Known:
 # As methods of cells, on which a compiler can call them; it looks for them by their own names.
 
 
-def _description(cell: RecurrentCell) -> str:
+def _graph_description(cell: RecurrentCell) -> str:
     return _what_is_known(cell).description
 
 
-def _weight_names(cell: RecurrentCell) -> list[str]:
+def _graph_weight_names(cell: RecurrentCell) -> list[str]:
     return _what_is_known(cell).weight_names
 
 
-def _draws(cell: RecurrentCell) -> bool:
+def _graph_draws(cell: RecurrentCell) -> bool:
     return _what_is_known(cell).draws
 
 
-def _numbers(cell: RecurrentCell) -> list[tuple[str, float]]:
+def _graph_numbers(cell: RecurrentCell) -> list[tuple[str, float]]:
     return [(name, value) for name, value in attributes_of(cell).items() if isinstance(value, float)]
 
 
-def _others(cell: RecurrentCell) -> list[str]:
+def _graph_others(cell: RecurrentCell) -> list[str]:
     return [name for name, value in attributes_of(cell).items() if not isinstance(value, float)]
 
 
-for _function in (_description, _weight_names, _draws, _numbers, _others):
+for _function in (_graph_description, _graph_weight_names, _graph_draws, _graph_numbers, _graph_others):
     setattr(RecurrentCell, _function.__name__, torch.compiler.assume_constant_result(_function))
 
 
@@ -92,11 +92,11 @@ def run_sequence_opaquely(
     operator would not do the same: the cell cannot be described, a step of it writes to its buffers, or a
     transformation of functions is to go through it.
     """
-    are_known = all([is_as_compared(cell, cell._numbers(), cell._others()) for cell in cells])  # noqa: C419
-    descriptions = [cell._description() for cell in cells]
+    are_known = all([is_as_compared(cell, cell._graph_numbers(), cell._graph_others()) for cell in cells])  # noqa: C419
+    descriptions = [cell._graph_description() for cell in cells]
     if not are_known or not descriptions[0] or descriptions[0] != descriptions[-1] or is_transformed():
         return run_sequence(cells, inputs, state, padding, kept, needs_state, needs_history)
-    weights = [attrgetter(name)(cell) for cell in cells for name in cell._weight_names()]
+    weights = [attrgetter(name)(cell) for cell in cells for name in cell._graph_weight_names()]
     tensors = [inputs, *state, *weights, *kept]
     dtype = inputs.dtype
     if dtype != torch.float64:  # which autocast leaves as it is
@@ -106,7 +106,7 @@ def run_sequence_opaquely(
     weights, kept = others[: len(weights)], others[len(weights) :]
     mask = None if padding is None else padding.mask
     starts = padding.starts if isinstance(padding, PackedPadding) else None
-    seed = torch.randint(2**63 - 1, (), device="cpu") if cells[0]._draws() else None
+    seed = torch.randint(2**63 - 1, (), device="cpu") if cells[0]._graph_draws() else None
     outputs, *final = recurrent_layer(inputs, state, weights, kept, mask, descriptions[0], starts, seed)
     return outputs, tuple(final), None
 

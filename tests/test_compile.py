@@ -280,7 +280,7 @@ def test_graphs_of_decoders_that_are_not_plain():
         model = stepwise_model()
         change(model.model.decoder)
         compare(model, torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
-        assert model.model.decoder._description() == ""
+        assert model.model.decoder._graph_description() == ""
 
 
 def test_what_is_set_on_a_decoder_is_seen_by_its_graph():
