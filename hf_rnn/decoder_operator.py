@@ -2,7 +2,7 @@
 
 As in the case of [`recurrent_layer`], a compiler that looked into the loop over time would unroll it, anew for each
 length. Exporters write out one step of a decoder, and do not meet the operator. Imports the attention, the layers, what
-describes modules and the operator of the layers.
+describes modules and what such operators have in common.
 """
 
 import functools
@@ -10,7 +10,6 @@ import json
 import threading
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,10 +18,17 @@ from torch.func import functional_call
 from .attention import AttentionMemory
 from .bare_cells import aside, compare, effects, is_as_compared, parts_of, set_attributes
 from .fast_paths import autocast_dtype, loop_only
-from .higher_derivatives import gradients_with_graph
+from .opaque_operators import (
+    NAMESPACE,
+    Known,
+    draw_seed,
+    is_transformed,
+    let_graphs_ask,
+    random_numbers_of,
+    register_backward,
+)
 from .recurrent_cells import State
 from .recurrent_layer import GateValues, HiddenStates
-from .recurrent_operator import NAMESPACE, is_transformed, random_numbers_of
 from .recurrent_padding import Padding
 
 
@@ -40,8 +46,7 @@ DECODERS: dict[str, type[nn.Module]] = {}
 def register_decoder(decoder_class: type[nn.Module]) -> type[nn.Module]:
     """A decorator, which puts a class into `DECODERS` and lets a compiler ask what is known of its objects."""
     DECODERS[decoder_class.__name__] = decoder_class
-    for function in (_graph_description, _graph_weight_names, _graph_draws, _graph_numbers, _graph_others):
-        setattr(decoder_class, function.__name__, torch.compiler.assume_constant_result(function))
+    let_graphs_ask(decoder_class, _what_is_known)
     return decoder_class
 
 
@@ -110,15 +115,6 @@ def _bare(description: str) -> _Bare:
     return known[key]
 
 
-class _Known(NamedTuple):
-    """What a graph is made with; it must not change while the graph is in use."""
-
-    description: str = ""  # empty where the loop is to run in the graph
-    weight_names: tuple[str, ...] = ()
-    draws: bool = False  # random numbers
-    attributes: dict[str, Any] | None = None  # on which the rest depends
-
-
 @functools.lru_cache(maxsize=16)
 def _as_made(decoder_class: type[nn.Module], config: str) -> dict[str, nn.Module]:
     return _parts(_Bare(json.dumps([decoder_class.__name__, config, {}])).decoder)
@@ -133,18 +129,18 @@ def _parts(decoder: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _what_is_known(decoder: nn.Module) -> _Known:
+def _what_is_known(decoder: nn.Module) -> Known:
     config = decoder.config.to_json_string()
     if DECODERS.get(type(decoder).__name__) is not type(decoder):
-        return _Known()
+        return Known()
     try:
         as_made = _as_made(type(decoder), config)
     except Exception:  # its cells have left their table
-        return _Known()
+        return Known()
     found = compare(_parts(decoder), as_made, _IGNORED)
     of_cells = [effects(layer.cell) for layer in decoder.layers] if found is not None else []
     if found is None or any(of_cell is None or of_cell[1] for of_cell in of_cells):
-        return _Known()
+        return Known()
     attributes, read = found
     # Rates may have been set on modules, and modules to training one by one.
     drops = any(part.training for part in _parts(decoder).values()) and any(
@@ -152,32 +148,7 @@ def _what_is_known(decoder: nn.Module) -> _Known:
     )
     description = json.dumps([type(decoder).__name__, config, attributes], sort_keys=True)
     draws = drops or any(draws for draws, _ in of_cells)
-    return _Known(description, tuple(_bare(description).weight_names), draws, read)
-
-
-# As methods of decoders, on which a compiler can call them; it looks for them by their own names.
-
-
-def _graph_description(decoder: nn.Module) -> str:
-    return _what_is_known(decoder).description
-
-
-def _graph_weight_names(decoder: nn.Module) -> list[str]:
-    return list(_what_is_known(decoder).weight_names)
-
-
-def _graph_draws(decoder: nn.Module) -> bool:
-    return _what_is_known(decoder).draws
-
-
-def _graph_numbers(decoder: nn.Module) -> list[tuple[str, float]]:
-    read = _what_is_known(decoder).attributes or {}
-    return [(name, value) for name, value in read.items() if isinstance(value, float)]
-
-
-def _graph_others(decoder: nn.Module) -> list[str]:
-    read = _what_is_known(decoder).attributes or {}
-    return [name for name, value in read.items() if not isinstance(value, float)]
+    return Known(description, tuple(_bare(description).weight_names), draws, read)
 
 
 @torch.compiler.assume_constant_result
@@ -219,7 +190,7 @@ def run_positions_opaquely(
         description,
         needs_state,
         str(autocast_dtype(hidden_states.device.type) or "").removeprefix("torch."),
-        torch.randint(2**63 - 1, (), device="cpu") if decoder._graph_draws() else None,
+        draw_seed(decoder._graph_draws()),
     )
     outputs, weights, *results = results
     for layer, of_layer in zip(decoder.layers, results):
@@ -298,76 +269,8 @@ def _shapes(embeddings, states, keys, values, weights, mask, source_mask, descri
     return [embeddings.new_empty(shape, dtype=result.dtype) for result, shape in shapes]
 
 
-def _leaves(embeddings, states, keys, values, weights) -> list[torch.Tensor]:
-    return [tensor for tensor in (embeddings, *states, keys, values, *weights) if tensor.is_floating_point()]
-
-
-def _run_with(leaves, states, weights, *arguments) -> list[torch.Tensor]:
-    """[`_run`] with `leaves` in the place of what has gradients."""
-    embeddings, *leaves = leaves
-    states, (keys, values, *leaves) = leaves[: len(states)], leaves[len(states) :]
-    leaves = iter(leaves)
-    weights = [next(leaves) if weight.is_floating_point() else weight for weight in weights]
-    return _run(embeddings, states, keys, values, weights, *arguments)
-
-
-def _run_backward(grad_outputs, embeddings, states, keys, values, weights, *arguments) -> list[torch.Tensor]:
-    """The gradients of whatever has any, for which the decoder runs once more."""
-    leaves = [tensor.detach().requires_grad_() for tensor in _leaves(embeddings, states, keys, values, weights)]
-    with torch.enable_grad():
-        results = _run_with(leaves, states, weights, *arguments)
-    reached = [(result, gradient) for result, gradient in zip(results, grad_outputs) if result.requires_grad]
-    results, grad_outputs = zip(*reached)
-    gradients = torch.autograd.grad(results, leaves, grad_outputs, materialize_grads=True)
-    return [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients]
-
-
-def _fake_backward(grad_outputs, embeddings, states, keys, values, weights, *arguments):
-    leaves = _leaves(embeddings, states, keys, values, weights)
-    return [leaf.new_empty(leaf.shape) for leaf in leaves]
-
-
-# Not a `custom_op`, inside which autograd is out of reach.
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-if not hasattr(getattr(torch.ops, NAMESPACE), "recurrent_decoder_backward"):  # where this file is imported once more
-    _library.define(
-        "recurrent_decoder_backward(Tensor[] grad_outputs, Tensor embeddings, Tensor[] states, Tensor keys, "
-        "Tensor values, Tensor[] weights, Tensor? mask, Tensor? source_mask, str description, bool needs_state, "
-        "str autocast, Tensor? seed) -> Tensor[]"
-    )
-    _library.impl("recurrent_decoder_backward", _run_backward, "CompositeExplicitAutograd")
-    _library.impl("recurrent_decoder_backward", torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"{NAMESPACE}::recurrent_decoder_backward", _fake_backward, lib=_library)
-recurrent_decoder_backward = getattr(torch.ops, NAMESPACE).recurrent_decoder_backward
-
-
-def _keep_for_backward(ctx, inputs, output):
-    embeddings, states, keys, values, weights, mask, source_mask, *ctx.options, seed = inputs
-    ctx.sizes = len(states), len(weights)
-    ctx.save_for_backward(embeddings, keys, values, mask, source_mask, seed, *states, *weights)
-
-
-def _backward(ctx, grad_outputs):
-    embeddings, keys, values, mask, source_mask, seed, *tensors = ctx.saved_tensors
-    states, weights = tensors[: ctx.sizes[0]], tensors[ctx.sizes[0] :]
-    arguments = mask, source_mask, *ctx.options, seed
-    if torch.is_grad_enabled():  # derivatives of the second order, of which the operator knows nothing
-        leaves = _leaves(embeddings, states, keys, values, weights)
-        gradients = gradients_with_graph(
-            lambda *leaves: _run_with(leaves, states, weights, *arguments),
-            leaves,
-            [leaf.requires_grad for leaf in leaves],
-            list(grad_outputs),
-        )
-    else:
-        gradients = recurrent_decoder_backward(
-            list(grad_outputs), embeddings, states, keys, values, weights, *arguments
-        )
-    of_embeddings, *gradients = gradients
-    of_states, (of_keys, of_values, *gradients) = gradients[: len(states)], gradients[len(states) :]
-    gradients = iter(gradients)
-    of_weights = [next(gradients) if weight.is_floating_point() else None for weight in weights]
-    return of_embeddings, of_states, of_keys, of_values, of_weights, *[None] * 6
-
-
-recurrent_decoder.register_autograd(_backward, setup_context=_keep_for_backward)
+SCHEMA = (
+    "Tensor embeddings, Tensor[] states, Tensor keys, Tensor values, Tensor[] weights, Tensor? mask, "
+    "Tensor? source_mask, str description, bool needs_state, str autocast, Tensor? seed"
+)
+register_backward(recurrent_decoder, "recurrent_decoder_backward", SCHEMA, _run, number=5)

@@ -7,19 +7,25 @@ padding and what runs them.
 """
 
 import contextlib
-import hashlib
 import threading
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from .bare_cells import attributes_of, cell_class_of, describe, effects, is_as_compared, make_cell
-from .fast_paths import autocast_dtype, transforms_are_active
-from .higher_derivatives import gradients_with_graph
+from .fast_paths import autocast_dtype
+from .opaque_operators import (
+    NAMESPACE,
+    Known,
+    draw_seed,
+    is_transformed,
+    let_graphs_ask,
+    random_numbers_of,
+    register_backward,
+)
 from .packed_sequences import PackedPadding
 from .recurrent_cells import RecurrentCell, State
 from .recurrent_kernels import run_sequence
@@ -27,55 +33,15 @@ from .recurrent_onnx import in_onnx, in_scan
 from .recurrent_padding import Padding
 
 
-# A checkpoint that brings its own copy of this file brings its own operators.
-NAMESPACE = "hf_rnn" if __package__ == "hf_rnn" else f"hf_rnn_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
-
-
-class _Known(NamedTuple):
-    """What a graph is made with; it must not change while the graph is in use."""
-
-    description: str  # empty where the loop is to run in the graph
-    weight_names: list[str]
-    draws: bool  # random numbers
-
-
-def _what_is_known(cell: RecurrentCell) -> _Known:
-    description, found = describe(cell), effects(cell)
+def _what_is_known(cell: RecurrentCell) -> Known:
+    attributes, description, found = attributes_of(cell), describe(cell), effects(cell)
     if not description or found is None or found[1]:
-        return _Known("", [], False)
-    return _Known(description, _layer_for(description, cell.input_size, cell.hidden_size, 1).weight_names[0], found[0])
+        return Known(attributes=attributes)
+    layer = _layer_for(description, cell.input_size, cell.hidden_size, 1)
+    return Known(description, layer.weight_names[0], found[0], attributes)
 
 
-# As methods of cells, on which a compiler can call them; it looks for them by their own names.
-
-
-def _graph_description(cell: RecurrentCell) -> str:
-    return _what_is_known(cell).description
-
-
-def _graph_weight_names(cell: RecurrentCell) -> list[str]:
-    return _what_is_known(cell).weight_names
-
-
-def _graph_draws(cell: RecurrentCell) -> bool:
-    return _what_is_known(cell).draws
-
-
-def _graph_numbers(cell: RecurrentCell) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in attributes_of(cell).items() if isinstance(value, float)]
-
-
-def _graph_others(cell: RecurrentCell) -> list[str]:
-    return [name for name, value in attributes_of(cell).items() if not isinstance(value, float)]
-
-
-for _function in (_graph_description, _graph_weight_names, _graph_draws, _graph_numbers, _graph_others):
-    setattr(RecurrentCell, _function.__name__, torch.compiler.assume_constant_result(_function))
-
-
-@torch.compiler.assume_constant_result
-def is_transformed() -> bool:
-    return transforms_are_active()
+let_graphs_ask(RecurrentCell, _what_is_known)
 
 
 def run_sequence_opaquely(
@@ -106,7 +72,7 @@ def run_sequence_opaquely(
     weights, kept = others[: len(weights)], others[len(weights) :]
     mask = None if padding is None else padding.mask
     starts = padding.starts if isinstance(padding, PackedPadding) else None
-    seed = torch.randint(2**63 - 1, (), device="cpu") if cells[0]._graph_draws() else None
+    seed = draw_seed(cells[0]._graph_draws())
     outputs, *final = recurrent_layer(inputs, state, weights, kept, mask, descriptions[0], starts, seed)
     return outputs, tuple(final), None
 
@@ -142,17 +108,6 @@ def _layer_for(description: str, input_size: int, hidden_size: int, num_directio
     if key not in known:
         known[key] = _Layer(*key[1:])
     return known[key]
-
-
-@contextlib.contextmanager
-def random_numbers_of(seed: torch.Tensor | None, device: torch.device):
-    """Within this context random numbers are those of a seed, in the forward and again in the backward."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(seed))
-        yield
 
 
 def _run(inputs, states, weights, kept, mask, description: str, starts, seed) -> list[torch.Tensor]:
@@ -205,73 +160,11 @@ def _shapes(inputs, states, weights, kept, mask, cell_type, starts, seed):
     return [inputs.new_empty(*inputs.shape[:2], width), *(state.new_empty(state.shape) for state in states)]
 
 
-def _differentiable(inputs, states, weights) -> list[torch.Tensor]:
-    return [tensor for tensor in (inputs, *states, *weights) if tensor.is_floating_point()]
-
-
-def _run_backward(grad_outputs, inputs, states, weights, kept, mask, cell_type, starts, seed):
-    """The gradients of `inputs`, `states` and those of `weights` that have any, for which the layer runs once more."""
-    leaves = [tensor.detach().requires_grad_() for tensor in _differentiable(inputs, states, weights)]
-    with torch.enable_grad():
-        results = _run_with(leaves, states, weights, kept, mask, cell_type, starts, seed)
-    gradients = torch.autograd.grad(results, leaves, list(grad_outputs), materialize_grads=True)
-    return [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients]
-
-
-def _run_with(leaves, states, weights, *arguments) -> list[torch.Tensor]:
-    """[`_run`] with `leaves` in the place of what has gradients."""
-    inputs, *leaves = leaves
-    states, leaves = leaves[: len(states)], iter(leaves[len(states) :])
-    weights = [next(leaves) if weight.is_floating_point() else weight for weight in weights]
-    return _run(inputs, states, weights, *arguments)
-
-
-def _fake_backward(grad_outputs, inputs, states, weights, kept, mask, cell_type, starts, seed):
-    return [inputs.new_empty(tensor.shape) for tensor in _differentiable(inputs, states, weights)]
-
-
-# Not a `custom_op`, inside which autograd is out of reach.
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-if not hasattr(getattr(torch.ops, NAMESPACE), "recurrent_layer_backward"):  # where this file is imported once more
-    _library.define(
-        "recurrent_layer_backward(Tensor[] grad_outputs, Tensor inputs, Tensor[] states, Tensor[] weights, "
-        "Tensor[] kept, Tensor? mask, str cell_type, Tensor? starts, Tensor? seed) -> Tensor[]"
-    )
-    _library.impl("recurrent_layer_backward", _run_backward, "CompositeExplicitAutograd")
-    _library.impl("recurrent_layer_backward", torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"{NAMESPACE}::recurrent_layer_backward", _fake_backward, lib=_library)
-recurrent_layer_backward = getattr(torch.ops, NAMESPACE).recurrent_layer_backward
-
-
-def _keep_for_backward(ctx, inputs, output):
-    sequence, states, weights, kept, mask, ctx.cell_type, starts, seed = inputs
-    ctx.sizes = len(states), len(weights), len(kept)
-    ctx.save_for_backward(sequence, *states, *weights, *kept, mask, starts, seed)
-
-
-def _backward(ctx, grad_outputs):
-    inputs, *tensors = ctx.saved_tensors
-    groups = []
-    for size in ctx.sizes:
-        groups.append(tensors[:size])
-        tensors = tensors[size:]
-    (states, weights, kept), (mask, starts, seed) = groups, tensors
-    arguments = states, weights, kept, mask, ctx.cell_type, starts, seed
-    if torch.is_grad_enabled():  # derivatives of the second order, of which the operator knows nothing
-        leaves = _differentiable(inputs, states, weights)
-        needed = [leaf.requires_grad for leaf in leaves]
-        gradients = gradients_with_graph(
-            lambda *leaves: _run_with(leaves, *arguments), leaves, needed, list(grad_outputs)
-        )
-    else:
-        gradients = recurrent_layer_backward(list(grad_outputs), inputs, *arguments)
-    of_inputs, *gradients = gradients
-    of_states, gradients = gradients[: len(states)], iter(gradients[len(states) :])
-    of_weights = [next(gradients) if weight.is_floating_point() else None for weight in weights]
-    return of_inputs, of_states, of_weights, [None] * len(kept), None, None, None, None
-
-
-recurrent_layer.register_autograd(_backward, setup_context=_keep_for_backward)
+SCHEMA = (
+    "Tensor inputs, Tensor[] states, Tensor[] weights, Tensor[] kept, Tensor? mask, str cell_type, Tensor? starts, "
+    "Tensor? seed"
+)
+register_backward(recurrent_layer, "recurrent_layer_backward", SCHEMA, _run, number=3)
 
 
 def _decompose(*arguments) -> list[torch.Tensor]:

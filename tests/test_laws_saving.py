@@ -695,6 +695,7 @@ RUNNING = {
     "crf",
     "crf_operators",
     "decoder_operator",
+    "opaque_operators",
     "packed_sequences",
     "deferred_logits",
     "hyperbolic_tangent",
