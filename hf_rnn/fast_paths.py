@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 FAST_PATHS = {
     "torch_kernel": "torch's kernels (oneDNN, cuDNN or ATen) over whole sequences, for the cells that they know",
     "stacked_layers": "on a GPU several layers in one call of cuDNN, where nothing happens between them",
+    "recorded_kernel": "on a GPU those kernels recorded as CUDA graphs, once they have run in the same small sizes",
     "segments": "those kernels over padded batches on a CPU in pieces of time, for the rows that are not at their end",
     "sequence_functions": "on a CPU GRUs and plain RNNs over sequences as one autograd function on packed weights",
     "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
@@ -88,6 +89,20 @@ def loop_only(enabled: bool = True):
         yield
     finally:
         _ruled_out.reset(token)
+
+
+def as_now(function: Callable) -> Callable:
+    """A function that takes the fast paths that may be taken now, wherever it is called: threads know no contexts."""
+    ruled_out = _ruled_out.get()
+
+    def run(*args, **kwargs):
+        token = _ruled_out.set(ruled_out)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _ruled_out.reset(token)
+
+    return run
 
 
 # What decides over more than one fast path.

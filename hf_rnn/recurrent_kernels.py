@@ -17,6 +17,7 @@ from .large_products import large_linear
 from .linear_calls import project_inputs
 from .packed_linear import packed_linear
 from .packed_sequences import PackedPadding
+from .recorded_kernel import play_kernel, side_by_side, takes_recorded_kernel
 from .recorded_loop import play_loop, takes_recording
 from .recurrent_cells import Linear, RecurrentCell, State, masked_step
 from .recurrent_padding import Padding, gather_positions
@@ -34,15 +35,11 @@ RecurrentCell._tanh = staticmethod(tanh)
 
 
 class _InOnePiece(torch.autograd.Function):
-    """Copies of weights, side by side as cuDNN wants them: the matrices of all directions, then their biases."""
+    """[`side_by_side`], with gradients."""
 
     @staticmethod
     def forward(ctx, *weights):
-        order = sorted(range(len(weights)), key=lambda index: weights[index].dim() == 1)
-        piece = torch.cat([weights[index].reshape(-1) for index in order])
-        parts = piece.split([weights[index].numel() for index in order])
-        copies = {index: part.view(weights[index].shape) for index, part in zip(order, parts)}
-        return tuple(copies[index] for index in range(len(weights)))
+        return tuple(side_by_side(weights))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -98,7 +95,7 @@ def run_loop(
 def call_torch_kernel(
     cells: list[RecurrentCell],
     inputs: torch.Tensor,
-    state: State,
+    state: State | None,
     weights: list[torch.Tensor] | None = None,
     batch_first: bool = True,
     num_layers: int = 1,
@@ -109,7 +106,8 @@ def call_torch_kernel(
     Args:
         cells (`list[RecurrentCell]`): For each layer one cell, or one for each of two directions.
         inputs (`torch.Tensor` of shape `(batch, seq, input_size)`): The inputs.
-        state: The initial states of the first cell, then those of the second, and so on.
+        state (`tuple` of `torch.Tensor` of shape `(batch, hidden_size)`, *optional*):
+            The initial states of the first cell, then those of the second, and so on; zero where not given.
         weights (`list[torch.Tensor]`, *optional*): Stands for the parameters of the cells.
         batch_first (`bool`): Whether inputs and outputs have the batch before the time, or behind it.
         num_layers (`int`): How many layers the cells make.
@@ -122,26 +120,36 @@ def call_torch_kernel(
         weights = [w for cell in cells for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
     by_time = inputs.transpose(0, 1) if batch_first else inputs
     name = cells[0].torch_kernel
-    if num_layers == 1 and takes_function(name, by_time, state[0], weights):
+    if state is not None and num_layers == 1 and takes_function(name, by_time, state[0], weights):
         outputs, final = _call_function(name, by_time, state, weights)
         return outputs.transpose(0, 1) if batch_first else outputs, final
-    num_states = len(cells[0].state_names)
-    initial = tuple(_stack(state[index::num_states]) for index in range(num_states))
-    kernel = getattr(torch._VF, name)
-    # cuDNN has no backward for a forward that ran as inference, whatever the mode of the model.
-    keeps_graph = torch.is_grad_enabled()
-    outputs, *final = kernel(
-        inputs,
-        initial if num_states > 1 else initial[0],
-        _in_one_piece(inputs, weights),
-        True,  # biases
-        num_layers,
-        0.0,  # dropout
-        keeps_graph,
-        len(cells) > num_layers,
-        batch_first,
-    )
-    return outputs, tuple(final[index][number] for number in range(len(cells)) for index in range(num_states))
+    num_cells, num_states, hidden_size = len(cells), len(cells[0].state_names), cells[0].hidden_size
+    initial = [] if state is None else [_stack(state[index::num_states]) for index in range(num_states)]
+    directions = num_cells // num_layers
+    batch, seq = inputs.shape[:2] if batch_first else inputs.shape[1::-1]
+
+    def kernel(inputs, initial, weights):
+        initial = initial or [inputs.new_zeros(num_cells, batch, hidden_size)] * num_states
+        return getattr(torch._VF, name)(
+            inputs,
+            initial if num_states > 1 else initial[0],
+            weights,
+            True,  # biases
+            num_layers,
+            0.0,  # dropout
+            # cuDNN has no backward for a forward that ran as inference, whatever the mode of the model.
+            torch.is_grad_enabled(),
+            directions > 1,
+            batch_first,
+        )
+
+    results = None
+    if takes_recorded_kernel(batch, seq, inputs, weights):
+        results = play_kernel((name, num_layers, directions, batch_first), kernel, inputs, initial, weights)
+    if results is None:
+        results = kernel(inputs, initial, _in_one_piece(inputs, weights))
+    outputs, *final = results
+    return outputs, tuple(final[index][number] for number in range(num_cells) for index in range(num_states))
 
 
 def _stack(parts: State) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .attention import AttentionScore, CoverageFeatures
 from .checkpoint_files import CheckpointFiles
 from .crf import LinearChainCRF
+from .fast_paths import as_now
 from .packed_linear import forget_copies
 from .recurrent_cache import RecurrentStateLayer
 from .recurrent_cells import RecurrentCell
@@ -45,6 +46,15 @@ def checkpoint_nested(checkpoint_function: Callable) -> Callable:
 
         results = checkpoint_function(flat_function, *leaves)
         return tree_unflatten(results, result_structure)
+
+    return run
+
+
+def checkpoint_as_now(checkpoint_function: Callable) -> Callable:
+    """`checkpoint_function` for functions that run again in another context, or another thread, on the same paths."""
+
+    def run(function, *args):
+        return checkpoint_function(function if torch.compiler.is_compiling() else as_now(function), *args)
 
     return run
 
@@ -113,7 +123,7 @@ class RecurrentPreTrainedModel(CheckpointFiles, PreTrainedModel):
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
             gradient_checkpointing_func = checkpoint_nested(gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        super()._set_gradient_checkpointing(enable, checkpoint_as_now(gradient_checkpointing_func), **kwargs)
 
 
 def embed_inputs(

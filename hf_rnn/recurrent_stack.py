@@ -51,7 +51,7 @@ def run_layers(
 
 
 def _takes_one_call(layers, inputs, padding, needs_state, needs_history, needs_gates) -> bool:
-    if len(layers) < 2 or needs_history or needs_gates:
+    if needs_history or needs_gates:
         return False
     # A compiler cannot look into the context variable behind the fast paths.
     if torch.compiler.is_compiling() or not may_take("stacked_layers"):
@@ -62,7 +62,7 @@ def _takes_one_call(layers, inputs, padding, needs_state, needs_history, needs_g
     if not all(type(layer) is RecurrentLayer and _does_nothing_else(layer) for layer in layers):
         return False
     # Its fastest algorithms in float16, which keep the weights of a step on the chip, take one layer at a time.
-    if (autocast_dtype(DEVICE_TYPE) or inputs.dtype) == torch.float16:
+    if len(layers) > 1 and (autocast_dtype(DEVICE_TYPE) or inputs.dtype) == torch.float16:
         return False
     if padding is not None and layers[0].cell_reverse is not None:  # each direction reads it in an order of its own
         return False
@@ -82,9 +82,17 @@ def _does_nothing_else(layer: RecurrentLayer) -> bool:
 def _run_in_one_call(layers, inputs, states, padding, needs_state):
     """[`run_layers`] by one call of torch's kernel."""
     cells = [cell for layer in layers for cell in layer.cells]
-    state = sum(
-        (layer.initial_state(inputs) if of_layer is None else of_layer for layer, of_layer in zip(layers, states)), ()
-    )
+    state = None
+    is_given = any(of_layer is not None for of_layer in states)
+    if (
+        padding is not None
+        or is_given
+        or any(type(cell).initial_state is not RecurrentCell.initial_state for cell in cells)
+    ):
+        state = sum(
+            (layer.initial_state(inputs) if of_layer is None else of_layer for layer, of_layer in zip(layers, states)),
+            (),
+        )
 
     def run(inputs):
         return call_torch_kernel(cells, inputs, state, num_layers=len(layers))

@@ -14,6 +14,7 @@ from hf_rnn import (
     loop_only,
     recurrent_kernels,
     recurrent_segments,
+    recurrent_stack,
     without_fast_paths,
 )
 from hf_rnn.recurrent_layer import Padding, RecurrentLayer
@@ -115,11 +116,12 @@ def kernel_calls(monkeypatch):
     """A list with one entry for each call of torch's kernel."""
     calls, call = [], recurrent_kernels.call_torch_kernel
 
-    def record(*args):
+    def record(*args, **kwargs):
         calls.append(args)
-        return call(*args)
+        return call(*args, **kwargs)
 
-    monkeypatch.setattr(recurrent_kernels, "call_torch_kernel", record)
+    for module in (recurrent_kernels, recurrent_stack):
+        monkeypatch.setattr(module, "call_torch_kernel", record)
     return calls
 
 

@@ -1,6 +1,7 @@
 """Law 6: every parameter gets a gradient and moves. And what else training rests on: dropout, checkpointing, losses,
 initialisation, tied weights, and that cells and scores can be added from outside."""
 
+import contextlib
 import copy
 import math
 
@@ -325,6 +326,24 @@ def test_gradient_checkpointing_changes_no_gradient(name):
             found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
         for actual, expected in zip(*found):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+def test_what_is_checkpointed_runs_again_on_the_same_paths(use_reentrant):
+    """Also where the backward is in another context than the forward was."""
+    model, inputs = make_model("RNNForCausalLM"), make_inputs("RNNForCausalLM")
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    found = []
+    for context in (loop_only, contextlib.nullcontext):
+        model.zero_grad()
+        with context():
+            loss = model(**inputs).loss
+        loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-8)  # the loss itself is in float32
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not_reentrant", "reentrant"])

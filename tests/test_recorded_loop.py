@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.cells import LayerNormLSTMCell, PeepholeLSTMCell
-from hf_rnn import RECURRENT_CELLS, RNNConfig, RNNModel, loop_only, recorded_loop, without_fast_paths
+from hf_rnn import RECURRENT_CELLS, RNNConfig, RNNModel, loop_only, recorded_loop, recordings, without_fast_paths
 from hf_rnn.recurrent_cells import GRUCell, LSTMCell, RecurrentCell
 from matrix import make_mask
 
@@ -55,7 +55,9 @@ class DoneAnew:
 
     made = 0
 
-    def __init__(self, function):
+    num_bytes = 0
+
+    def __init__(self, function, beside=None):
         type(self).made += 1
         self.function, self.has_graph = function, torch.is_grad_enabled()
         function()
@@ -70,13 +72,13 @@ def recorder(monkeypatch):
     """Cells of a program, an empty recorder, and recordings that work here."""
     for name, cell in CELLS.items():
         monkeypatch.setitem(RECURRENT_CELLS, name, cell)
-    monkeypatch.setattr(recorded_loop, "DEVICE_TYPE", DEVICE)
+    monkeypatch.setattr(recordings, "DEVICE_TYPE", DEVICE)
     if DEVICE == "cpu":
-        monkeypatch.setattr(recorded_loop, "Recording", DoneAnew)
+        monkeypatch.setattr(recordings, "Recording", DoneAnew)
     monkeypatch.setattr(DoneAnew, "made", 0)
-    recorded_loop.recorder.forget()
-    yield recorded_loop.recorder
-    recorded_loop.recorder.forget()
+    recordings.recorder.forget()
+    yield recordings.recorder
+    recordings.recorder.forget()
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def plain(function, *arguments):
 
 
 def num_pieces() -> int:
-    return sum(len(loop.pieces) for _, loop in recorded_loop.recorder._loops)
+    return sum(len(room.pieces) for room in recordings.recorder.rooms if isinstance(room, recorded_loop._Loop))
 
 
 @pytest.mark.parametrize("mask", [None, make_mask(SEQ)], ids=["no_mask", "mask"])
@@ -151,7 +153,7 @@ def test_a_recording_is_the_loop(cell_type, bidirectional, mask):
         inputs = make_inputs(seed=run)
         assert_same(results_of(model, inputs, mask), plain(results_of, model, inputs, mask))
         # Two layers or directions have the same sizes, and each of them counts.
-        assert (num_pieces() > 0) == ((run + 1) * 2 > recorded_loop.RUNS_BEFORE)
+        assert (num_pieces() > 0) == ((run + 1) * 2 > recordings.RUNS_BEFORE)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.9)
@@ -253,13 +255,13 @@ def test_room_is_given_back():
         outputs = model(inputs_embeds=make_inputs(seed=run))
         del outputs
         gc.collect()
-    assert len(recorded_loop.recorder._loops) == 2  # the two layers are in use at the same time
-    assert not any(loop.in_use for _, loop in recorded_loop.recorder._loops)
+    assert len(recordings.recorder.rooms) == 2  # the two layers are in use at the same time
+    assert not any(room.in_use for room in recordings.recorder.rooms)
 
 
 @AS_THEY_ARE
 def test_the_number_of_pieces_is_bounded(monkeypatch):
-    monkeypatch.setattr(recorded_loop, "MOST_PIECES", 4)
+    monkeypatch.setattr(recordings, "MOST_RECORDINGS", 8)  # two for each piece
     model = make_model("layer_norm").train()
     for batch in range(1, 6):
         inputs = make_inputs(batch=batch)
@@ -340,11 +342,11 @@ def test_a_recording_that_fails(monkeypatch):
     tries = []
 
     class Fails:
-        def __init__(self, function):
+        def __init__(self, function, beside=None):
             tries.append(function)
             raise RuntimeError("not allowed while a stream is captured")
 
-    monkeypatch.setattr(recorded_loop, "Recording", Fails)
+    monkeypatch.setattr(recordings, "Recording", Fails)
     model = make_model("peephole").train()
     for run in range(5):
         inputs = make_inputs(seed=run)
