@@ -22,6 +22,7 @@ FAST_PATHS = {
     "segments": "those kernels over padded batches on a CPU in pieces of time, for the rows that are not at their end",
     "sequence_functions": "on a CPU GRUs and plain RNNs over sequences as one autograd function on packed weights",
     "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
+    "cell_functions": "on a GPU single steps by torch's functions for cells, one kernel for all behind the products",
     "recorded_loop": "on a GPU, loops over sequences recorded as CUDA graphs, once they have run in the same sizes",
     "fused_steps": "in recorded loops, what lies between the products of a step fused by `torch.compile`",
     "large_products": "large products of float32 on a CPU by oneDNN, also in the layout of torch",

@@ -115,8 +115,10 @@ class _Loop(Room):
 
     def fill(self, weights: list[torch.Tensor], kept: torch.Tensor | None) -> None:
         """Copies the weights of a cell, and what is kept, into this room."""
-        places = [*self.weights.values()]
-        write(*((places, weights) if kept is None else ([*places, self.kept], [*weights, kept])))
+        with torch.no_grad():
+            write(list(self.weights.values()), weights)
+            if kept is not None:
+                self.kept.copy_(kept)
 
     def piece(self, index: int, projected, state, is_token) -> "_Piece | None":
         """The piece at some place of a sequence, recorded if it is not there; None where that must not be done now."""

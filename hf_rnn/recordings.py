@@ -147,13 +147,11 @@ def _end_capture_of_random_numbers() -> None:
         graph.capture_end()
 
 
-@torch.no_grad()
 def write(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Copies values to where a recording reads them, all at once."""
+    """Copies values to where a recording reads them, all at once, without a graph of autograd around it."""
     torch._foreach_copy_(places, values)
 
 
-@torch.no_grad()
 def read(places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies of what recordings left in some places, which the next play does not change."""
     copies = [torch.empty_like(place) for place in places]

@@ -240,7 +240,11 @@ def masked_step(
     cell: RecurrentCell, projected: torch.Tensor, state: State, is_token: torch.Tensor | None, linear: Linear = F.linear
 ) -> State:
     """One step of a cell that leaves the state of rows without a token `[batch, 1]` as it is."""
-    new_state = cell.step(projected, state, linear)
+    return where_token(is_token, cell.step(projected, state, linear), state)
+
+
+def where_token(is_token: torch.Tensor | None, new_state: State, state: State) -> State:
+    """The new state in rows with a token `[batch, 1]`, or in all of them, and the old one in the others."""
     if is_token is None:
         return new_state
     return tuple(torch.where(is_token, new, old) for new, old in zip(new_state, state))

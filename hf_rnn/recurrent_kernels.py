@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from .cell_functions import call_cell_function, takes_cell_function
 from .fast_paths import autocast_dtype, derivatives_go_forward, may_take, transforms_are_active
 from .hyperbolic_tangent import tanh
 from .large_products import large_linear
@@ -328,7 +329,10 @@ def run_sequence(
     if num_steps == 1 and len(cells) == 1 and padding is None and not (kept or needs_history):
         # Nothing to choose from, and in generation the time to choose counts.
         (cell,) = cells
-        state = cell.step(project_inputs(cell, inputs[:, 0], packed_linear), state, packed_linear)
+        if takes_cell_function(cell, inputs, state):
+            state = call_cell_function(cell, inputs[:, 0], state)
+        else:
+            state = cell.step(project_inputs(cell, inputs[:, 0], packed_linear), state, packed_linear)
         return state[0].unsqueeze(1), state, None
     if isinstance(padding, PackedPadding):
         return *_run_packed(cells, inputs, state, padding, kept, needs_state), None

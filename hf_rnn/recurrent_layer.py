@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .cell_functions import call_cell_function, takes_cell_function
 from .fast_paths import loop_only
 from .linear_calls import project_inputs
-from .packed_linear import begin_text
+from .packed_linear import begin_text, packed_linear
 from .packed_sequences import PackedPadding
-from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State, masked_step
+from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State, masked_step, where_token
 from .recurrent_gates import Gates, run_with_gates
 from .recurrent_kernels import loop_linear, run_sequence
 from .recurrent_operator import run_sequence_opaquely
@@ -28,6 +29,8 @@ __all__ = ["Dropout", "GateValues", "HiddenStates", "Padding", "RecurrentLayer",
 
 # Steps of a piece of time that is computed again as a whole.
 CHECKPOINTED_STEPS = 128
+# Products that are nothing but products.
+_PLAIN = (F.linear, packed_linear)
 
 
 class Dropout(nn.Dropout):
@@ -193,9 +196,14 @@ class RecurrentLayer(GradientCheckpointingLayer):
             The output `(batch, output_size)` and the new state.
         """
         inputs = F.dropout(hidden_states, self.input_dropout, self.training)
-        state = self.cell(
-            lambda cell: masked_step(cell, project_inputs(cell, inputs, input_linear), state, is_token, linear)
-        )
+        are_plain = linear in _PLAIN and input_linear in _PLAIN
+
+        def run(cell):
+            if are_plain and takes_cell_function(cell, inputs, state):
+                return where_token(is_token, call_cell_function(cell, inputs, state), state)
+            return masked_step(cell, project_inputs(cell, inputs, input_linear), state, is_token, linear)
+
+        state = self.cell(run)
         return self._add_residual(state[0], hidden_states), state
 
     def kept_units(self, inputs: torch.Tensor) -> torch.Tensor | None:

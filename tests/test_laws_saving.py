@@ -692,6 +692,7 @@ INDEPENDENT = {
 
 RUNNING = {
     "bare_cells",
+    "cell_functions",
     "crf",
     "crf_operators",
     "decoder_operator",
@@ -703,7 +704,9 @@ RUNNING = {
     "large_products",
     "linear_calls",
     "packed_linear",
+    "recorded_kernel",
     "recorded_loop",
+    "recordings",
     "recurrent_gates",
     "recurrent_kernels",
     "recurrent_layer",

@@ -45,6 +45,10 @@ def step_shapes(config: RNNConfig, tokens: int) -> list[tuple[int, int, int]]:
     hidden_size=4096,
     batch=256,
 )
+@benchmark(
+    "lm-step-4096-fp32", "the same, hidden 4,096, batch 256, in float32", {"cuda": 1.03}, hidden_size=4096, batch=256
+)
+@benchmark("lm-step-batch-4096", "the same, batch 4,096, bfloat16 autocast", {"cuda": 1.03}, autocast=True, batch=4096)
 def training_step(settings: Settings, autocast: bool = False, hidden_size: int | None = None, batch: int = 32):
     """Forward, backward and fused AdamW; labels and `num_items_in_batch` as Trainer passes them."""
     model = make_language_model(settings, **({} if hidden_size is None else {"hidden_size": hidden_size})).train()
