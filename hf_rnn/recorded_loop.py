@@ -291,5 +291,6 @@ def _play(
             read, *state = piece.read(steps, state, is_token)
         hiddens.append(read)
     # In memory as the loop leaves them, so that a dropout behind it draws the same.
-    outputs = torch.cat([hidden.transpose(0, 1) for hidden in hiddens], dim=1)[:, :seq]
+    hiddens[-1] = hiddens[-1][: length - rest]
+    outputs = torch.cat([hidden.transpose(0, 1) for hidden in hiddens], dim=1)
     return outputs.flip(1) if reverse else outputs, tuple(part.clone() for part in state)

@@ -296,11 +296,12 @@ def test_gradcheck(cell_type, bidirectional, enabled):
 @DIRECTIONS
 def test_paths_agree_in_float32(cell_type, bidirectional):
     layer, inputs, state = make_layer(cell_type, bidirectional, torch.float32)
+    atol = 1e-4 if inputs.device.type == "cpu" else 3e-4  # the hyperbolic tangent of cuDNN is less exact
     for kind, mask in MASKS.items():
         for padding in paddings(mask):
             with loop_only():
                 loop = run(layer, inputs, state, padding)
-            assert_same(run(layer, inputs, state, padding), loop, kind, rtol=1e-5, atol=1e-4)
+            assert_same(run(layer, inputs, state, padding), loop, kind, rtol=1e-5, atol=atol)
 
 
 @CELLS
@@ -577,7 +578,7 @@ def test_layers_are_torch_modules(cell_type, bidirectional, padded):
     inputs = torch.randn(6, SEQ, 5, dtype=torch.float64)
     theirs = inputs.clone().requires_grad_()
     if padded:
-        packed, final = module(pack_padded_sequence(theirs, mask.sum(1), batch_first=True, enforce_sorted=False))
+        packed, final = module(pack_padded_sequence(theirs, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False))
         outputs, _ = pad_packed_sequence(packed, batch_first=True, total_length=SEQ)
     else:
         outputs, final = module(theirs)

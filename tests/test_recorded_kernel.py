@@ -148,6 +148,19 @@ def test_results_are_kept():
         assert torch.equal(gradient, gradient_then)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_behind_a_recording(bidirectional):
+    """It draws what it draws behind the kernel, and for that it depends on where numbers lie in memory."""
+    model = make_model("lstm", hidden_dropout=0.5, bidirectional=bidirectional).train()
+    results = []
+    for _ in range(5):
+        torch.manual_seed(0)
+        results.append(model(inputs_embeds=make_inputs()).last_hidden_state.detach())
+    assert num_calls() > 0
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-9)
+
+
 def test_without_gradients():
     model = make_model("gru")
     for context in (torch.no_grad, torch.inference_mode):

@@ -172,6 +172,25 @@ def test_lengths(seq):
 
 
 @AS_THEY_ARE
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("seq", [SEQ, 32])
+def test_dropout_behind_a_recording(seq, bidirectional):
+    """It draws what it draws behind the loop, and for that it depends on where numbers lie in memory."""
+    model = make_model("layer_norm", hidden_dropout=0.5, bidirectional=bidirectional).train()
+    inputs = make_inputs(seq)
+    strides, results = [], []
+    for _ in range(4):
+        outputs, _, _ = model.layers[0](inputs)
+        strides.append(outputs.stride())
+        torch.manual_seed(0)
+        results.append(model(inputs_embeds=inputs).last_hidden_state.detach())
+    assert num_pieces() > 0
+    assert len(set(strides)) == 1
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-9)
+
+
+@AS_THEY_ARE
 def test_long_sequences(monkeypatch):
     monkeypatch.setattr(recorded_loop, "LONG_SEQUENCE", 20)
     model = make_model("peephole").train()

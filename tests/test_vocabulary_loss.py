@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from hf_rnn import RNNConfig, RNNForCausalLM, deferred_logits, vocabulary_loss, without_fast_paths
 from hf_rnn.deferred_logits import DeferredLogits, _Product, vocabulary_logits
 from hf_rnn.vocabulary_loss import chunk_length, linear_cross_entropy, pays
-from matrix import VOCAB_SIZE, case_id, make_inputs, make_mask, make_model
+from matrix import ON_A_CPU, VOCAB_SIZE, case_id, make_inputs, make_mask, make_model
 
 
 HEADS = ["RNNForCausalLM", "RNNForMaskedLM", "RNNSeq2SeqForConditionalGeneration"]
@@ -267,7 +267,7 @@ def gradients_of(model, inputs, plain, autocast=False, repeat=1, **options):
     """The loss, the outputs and the gradients of a forward and backward."""
     model.zero_grad()
     for _ in range(repeat):
-        with chunked_loss(not plain), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with chunked_loss(not plain), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
             outputs = model(**inputs, **options)
         assert (type(outputs.logits) is DeferredLogits) != plain
         outputs.loss.backward()
@@ -485,7 +485,8 @@ class LargestTensor(TorchDispatchMode):
 @OVER_HEADS
 def test_no_tensor_of_all_logits(name, monkeypatch):
     """Nothing larger than the weight, or a chunk, is made in a step of training."""
-    monkeypatch.setattr(vocabulary_loss, "MIN_CHUNK_SIZE", 1)
+    for constant in ("MIN_CHUNK_SIZE", "MIN_CHUNK_SIZE_ELSEWHERE"):
+        monkeypatch.setattr(vocabulary_loss, constant, 1)
     model, inputs = make_training(name, vocab_size=999, ignored=False)
     logits = inputs["labels"].numel() * 999
     for plain in (True, False):
@@ -603,7 +604,7 @@ def test_logits_are_as_good_as_computed_ones(use, dtype):
         objective = outputs.loss
         if result.requires_grad:
             factors = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=result.dtype)
-            objective = objective + (factors * result).sum()
+            objective = objective + (factors.to(result.device) * result).sum()
         objective.backward()
         results.append((result, {key: parameter.grad for key, parameter in model.named_parameters()}))
     (expected, expected_gradients), (actual, gradients) = results
@@ -624,7 +625,7 @@ def test_logits_wait():
     model, inputs, outputs = make_outputs()
     logits = outputs.logits
     assert logits.shape == (6, 7, VOCAB_SIZE)
-    assert (logits.dtype, logits.device.type, logits.ndim, logits.dim()) == (torch.float32, "cpu", 3, 3)
+    assert (logits.dtype, logits.device, logits.ndim, logits.dim()) == (torch.float32, model.device, 3, 3)
     assert (logits.size(-1), logits.numel()) == (VOCAB_SIZE, 6 * 7 * VOCAB_SIZE)
     assert logits.requires_grad
     assert logits.grad_fn is not None
@@ -738,12 +739,14 @@ def train(trainer_class, folder, **options):
     return trainer
 
 
+@ON_A_CPU
 @pytest.mark.usefixtures("never_computed")
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=case_id)
 def test_trainer_does_not_compute_logits(options, tmp_path):
     train(Trainer, tmp_path, **options)
 
 
+@ON_A_CPU
 def test_trainers_that_read_logits(tmp_path):
     """They see what they would see without the chunks."""
     trainer = train(ReadsLogits, tmp_path)
@@ -755,6 +758,7 @@ def test_trainers_that_read_logits(tmp_path):
         torch.testing.assert_close(trainer.model.state_dict()[key], weight, rtol=1e-4, atol=1e-5)
 
 
+@ON_A_CPU
 def test_label_smoothing(tmp_path):
     """Computed by the trainer from the logits."""
     trainer = train(Trainer, tmp_path, label_smoothing_factor=0.1)
