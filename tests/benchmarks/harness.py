@@ -300,6 +300,23 @@ def check_equal(what: str, actual, expected, tolerance: float = 1e-4) -> None:
         assert difference <= allowed, f"{what} differ by {difference:.2g}, of which {allowed:.2g} may be rounding"
 
 
+def check_as_exact(what: str, actual, expected, exact) -> None:
+    """
+    Raises `AssertionError` where results in a narrow type are further from the exact ones, by their norms, than twice
+    what others in that type are, and more than one per cent.
+
+    Args:
+        what (`str`): What they are.
+        actual, expected, exact: Lists of tensors: ours, the others, and both in a wide type.
+    """
+    for ours, theirs, reference in zip(actual, expected, exact, strict=True):
+        errors = [
+            (numbers.double() - reference.double()).norm() / reference.double().norm() for numbers in (ours, theirs)
+        ]
+        allowed = max(0.01, 2 * errors[1].item())
+        assert errors[0] <= allowed, f"{what} are off by {errors[0]:.2g}, of which {allowed:.2g} may be rounding"
+
+
 # The table ----------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("name", "compared", "goal", "measured", "spread", "floor", "remark")

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from hf_rnn import RNNConfig, RNNForCausalLM
 
-from .harness import Settings, benchmark, check_equal, matrix_products, measure, recurrence_shapes
+from .harness import Settings, benchmark, check_as_exact, check_equal, matrix_products, measure, recurrence_shapes
 from .plain import PlainLanguageModel, weights_of
 
 
@@ -64,6 +64,11 @@ def training_step(settings: Settings, autocast: bool = False, hidden_size: int |
         logits, _ = script(input_ids)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
+    def gradients(loss_function, weights, autocast=autocast):
+        with torch.autocast(settings.device, torch.bfloat16, enabled=autocast):
+            loss = loss_function()
+        return [loss.detach(), *torch.autograd.grad(loss, weights)]
+
     def step(parameters, loss_function):
         optimizer = torch.optim.AdamW(parameters, fused=True)
 
@@ -73,22 +78,20 @@ def training_step(settings: Settings, autocast: bool = False, hidden_size: int |
                 loss = loss_function()
             loss.backward()
             optimizer.step()
-            return loss
 
         return run
 
-    ours, theirs = step(model.parameters(), loss_of_model), step(script.parameters(), loss_of_script)
-    tolerance = 0.05 if autocast else 1e-3
-    check_equal("losses", ours(), theirs(), tolerance)
-    check_equal(
-        "gradients",
-        [weight.grad for weight in weights_of(model.model.layers).values()] + [model.lm_head.weight.grad],
-        [weight.grad for weight in script.recurrence.parameters()] + [script.head.weight.grad],
-        tolerance,
-    )
+    weights = [*script.recurrence.parameters(), script.head.weight]
+    ours = gradients(loss_of_model, [*weights_of(model.model.layers).values(), model.lm_head.weight])
+    theirs = gradients(loss_of_script, weights)
+    if autocast:
+        check_as_exact("loss and gradients", ours, theirs, gradients(loss_of_script, weights, autocast=False))
+    else:
+        check_equal("loss and gradients", ours, theirs, 1e-3)
+    del ours, theirs
     dtype = torch.bfloat16 if autocast else torch.float32
     floor = matrix_products(step_shapes(model.config, batch * seq), settings, backward=True, dtype=dtype)
-    return measure(settings, theirs, ours, floor)
+    return measure(settings, step(script.parameters(), loss_of_script), step(model.parameters(), loss_of_model), floor)
 
 
 @benchmark("compiled-lm", "the same without optimizer, compiled (inductor) / not compiled", {"cpu": None, "cuda": None})
