@@ -1,7 +1,6 @@
-"""Recorded loops: on a GPU as they are, elsewhere with recordings that do their work anew each time they are played."""
+"""Recorded loops: that they are the loop, in which pieces they come, and what is recorded."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -9,13 +8,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.cells import LayerNormLSTMCell, PeepholeLSTMCell
-from hf_rnn import RECURRENT_CELLS, RNNConfig, RNNModel, loop_only, recorded_loop, recordings, without_fast_paths
+from hf_rnn import RECURRENT_CELLS, recorded_loop, recordings, without_fast_paths
 from hf_rnn.recurrent_cells import GRUCell, LSTMCell, RecurrentCell
 from matrix import make_mask
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH, SEQ, HIDDEN = 6, 21, 8
+from recorded import (
+    DEVICE,
+    HIDDEN,
+    SEQ,
+    assert_same,
+    make_inputs,
+    make_model,
+    plain,
+    recorder,  # noqa: F401
+    results_of,
+)
 
 
 class ProductOfGate(RecurrentCell):
@@ -50,35 +56,11 @@ CELLS = {
 }
 
 
-class DoneAnew:
-    """In the place of a recording: does the same again when played."""
-
-    made = 0
-
-    num_bytes = 0
-
-    def __init__(self, function, beside=None):
-        type(self).made += 1
-        self.function, self.has_graph = function, torch.is_grad_enabled()
-        function()
-
-    def play(self):
-        with torch.set_grad_enabled(self.has_graph):
-            self.function()
-
-
 @pytest.fixture(autouse=True)
-def recorder(monkeypatch):
-    """Cells of a program, an empty recorder, and recordings that work here."""
+def cells(monkeypatch):
+    """Cells of a program."""
     for name, cell in CELLS.items():
         monkeypatch.setitem(RECURRENT_CELLS, name, cell)
-    monkeypatch.setattr(recordings, "DEVICE_TYPE", DEVICE)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(recordings, "Recording", DoneAnew)
-    monkeypatch.setattr(DoneAnew, "made", 0)
-    recordings.recorder.forget()
-    yield recordings.recorder
-    recordings.recorder.forget()
 
 
 @pytest.fixture
@@ -89,54 +71,6 @@ def as_they_are():
 
 
 AS_THEY_ARE = pytest.mark.usefixtures("as_they_are")
-
-
-def make_model(cell_type: str, dtype=torch.float64, **options) -> RNNModel:
-    torch.manual_seed(0)
-    config = RNNConfig(vocab_size=9, hidden_size=HIDDEN, num_hidden_layers=2, cell_type=cell_type, **options)
-    model = RNNModel(config).to(DEVICE, dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
-
-
-def make_inputs(seq: int = SEQ, batch: int = BATCH, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, seq, HIDDEN, dtype=torch.float64, generator=generator).to(DEVICE, dtype)
-
-
-def results_of(model: RNNModel, inputs: torch.Tensor, mask=None, kept_seed: int | None = None) -> dict:
-    """Outputs, states and gradients of everything."""
-    inputs = inputs.clone().requires_grad_()
-    if kept_seed is not None:
-        torch.manual_seed(kept_seed)
-    outputs = model(inputs_embeds=inputs, attention_mask=None if mask is None else mask.to(DEVICE), use_cache=True)
-    cache = outputs.past_key_values
-    states = {f"state {index}": part for index, part in enumerate(parts_of(cache))}
-    factors = torch.linspace(-1, 1, outputs.last_hidden_state.numel(), device=DEVICE, dtype=inputs.dtype)
-    total = (outputs.last_hidden_state.flatten() * factors).sum() + sum(part.square().sum() for part in states.values())
-    model.zero_grad()
-    total.backward()
-    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    results = {"outputs": outputs.last_hidden_state, "inputs": inputs.grad} | states | gradients
-    return {name: result.detach().clone() for name, result in results.items()}
-
-
-def parts_of(cache) -> list[torch.Tensor]:
-    layers = () if cache is None else cache.layers  # there is none for two directions
-    return [part for layer in layers for part in (layer.keys, layer.values) if part is not None]
-
-
-def assert_same(actual: dict, expected: dict, tolerance: float = 1e-9):
-    assert actual.keys() == expected.keys()
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def plain(function, *arguments):
-    """What the plain loop gives."""
-    with loop_only():
-        return function(*arguments)
 
 
 def num_pieces() -> int:
@@ -172,25 +106,6 @@ def test_lengths(seq):
 
 
 @AS_THEY_ARE
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("seq", [SEQ, 32])
-def test_dropout_behind_a_recording(seq, bidirectional):
-    """It draws what it draws behind the loop, and for that it depends on where numbers lie in memory."""
-    model = make_model("layer_norm", hidden_dropout=0.5, bidirectional=bidirectional).train()
-    inputs = make_inputs(seq)
-    strides, results = [], []
-    for _ in range(4):
-        outputs, _, _ = model.layers[0](inputs)
-        strides.append(outputs.stride())
-        torch.manual_seed(0)
-        results.append(model(inputs_embeds=inputs).last_hidden_state.detach())
-    assert num_pieces() > 0
-    assert len(set(strides)) == 1
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-9)
-
-
-@AS_THEY_ARE
 def test_long_sequences(monkeypatch):
     monkeypatch.setattr(recorded_loop, "LONG_SEQUENCE", 20)
     model = make_model("peephole").train()
@@ -213,38 +128,6 @@ def test_dropped_units(cell_type):
     assert num_pieces() > 0
 
 
-def test_without_gradients():
-    model = make_model("layer_norm")
-    for context in (torch.no_grad, torch.inference_mode):
-        for run in range(5):
-            inputs = make_inputs(seed=run)
-            with context():
-                actual = model(inputs_embeds=inputs).last_hidden_state
-                with loop_only():
-                    expected = model(inputs_embeds=inputs).last_hidden_state
-            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-    assert num_pieces() > 0
-    inputs = make_inputs(seed=9)
-    assert_same(results_of(model, inputs), plain(results_of, model, inputs))
-
-
-@AS_THEY_ARE
-def test_several_forwards_before_a_backward():
-    """What a backward still needs is not overwritten, nor is it by a backward that may come again."""
-    model = make_model("layer_norm").train()
-    for run in range(3):
-        results_of(model, make_inputs(seed=run))
-    inputs = [make_inputs(seed=10 + index).requires_grad_() for index in range(3)]
-
-    def gradients():
-        totals = [model(inputs_embeds=tensor).last_hidden_state.square().sum() for tensor in inputs]
-        first = torch.autograd.grad(totals[0], inputs[0], retain_graph=True)
-        later = [torch.autograd.grad(total, tensor)[0] for total, tensor in zip(totals, inputs)]
-        return [*first, *later]
-
-    torch.testing.assert_close(gradients(), plain(gradients), rtol=1e-9, atol=1e-9)
-
-
 @AS_THEY_ARE
 def test_what_is_set_on_a_cell(monkeypatch):
     """Another recording, not the one of before."""
@@ -264,29 +147,6 @@ def test_what_is_set_on_a_cell(monkeypatch):
         for _ in range(4):
             assert_same(results_of(model, inputs), plain(results_of, model, inputs))
     assert num_pieces() > 0
-
-
-@AS_THEY_ARE
-def test_room_is_given_back():
-    """A forward without a backward gives its room back, too."""
-    model = make_model("layer_norm").train()
-    for run in range(8):
-        outputs = model(inputs_embeds=make_inputs(seed=run))
-        del outputs
-        gc.collect()
-    assert len(recordings.recorder.rooms) == 2  # the two layers are in use at the same time
-    assert not any(room.in_use for room in recordings.recorder.rooms)
-
-
-@AS_THEY_ARE
-def test_the_number_of_pieces_is_bounded(monkeypatch):
-    monkeypatch.setattr(recordings, "MOST_RECORDINGS", 8)  # two for each piece
-    model = make_model("layer_norm").train()
-    for batch in range(1, 6):
-        inputs = make_inputs(batch=batch)
-        for _ in range(4):
-            assert_same(results_of(model, inputs), plain(results_of, model, inputs))
-        assert 0 < num_pieces() <= 4 + 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -356,23 +216,6 @@ def test_a_step_that_waits_for_the_gpu(monkeypatch):
     torch.manual_seed(0)
 
 
-def test_a_recording_that_fails(monkeypatch):
-    """The loop does what cannot be recorded, and nobody tries again."""
-    tries = []
-
-    class Fails:
-        def __init__(self, function, beside=None):
-            tries.append(function)
-            raise RuntimeError("not allowed while a stream is captured")
-
-    monkeypatch.setattr(recordings, "Recording", Fails)
-    model = make_model("peephole").train()
-    for run in range(5):
-        inputs = make_inputs(seed=run)
-        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
-    assert len(tries) == 1
-
-
 def test_cells_that_are_not_recorded():
     """Those that a step changes, and those that are not what their class says."""
     inputs = make_inputs()
@@ -389,18 +232,6 @@ def test_cells_that_are_not_recorded():
     assert recorded_loop.takes_recording(cell, inputs, False)
     nn.utils.parametrizations.weight_norm(cell, "weight_hh")
     assert not recorded_loop.takes_recording(cell, inputs, False)
-
-
-@AS_THEY_ARE
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant):
-    """It runs layers again within the backward, where nothing is recorded, and wants the same graph as before."""
-    model = make_model("layer_norm").train()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    for run in range(5):
-        inputs = make_inputs(seed=run)
-        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
 
 
 def test_plain_cells_are_not_recorded():

@@ -16,7 +16,7 @@ from hf_rnn import (
 )
 from hf_rnn.recurrent_kernels import call_torch_kernel
 from matrix import PAD, make_mask, make_tokens
-from test_recorded_loop import assert_same
+from recorded import assert_same
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

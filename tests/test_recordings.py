@@ -1,0 +1,194 @@
+"""Recordings, of loops and of kernels: when they are made and played, what they keep, and when they go."""
+
+import gc
+
+import pytest
+import torch
+
+from benchmarks.cells import LayerNormLSTMCell
+from hf_rnn import RECURRENT_CELLS, recordings, without_fast_paths
+from recorded import (
+    SEQ,
+    assert_same,
+    make_inputs,
+    make_model,
+    plain,
+    recorder,  # noqa: F401
+    results_of,
+)
+
+
+CELLS = pytest.mark.parametrize("cell_type", ["lstm", "layer_norm"], ids=["kernel", "loop"])
+
+
+@pytest.fixture(autouse=True)
+def one_recording_for_each_layer(monkeypatch):
+    """Compiling takes seconds, and GPUs have one call for several layers."""
+    monkeypatch.setitem(RECURRENT_CELLS, "layer_norm", LayerNormLSTMCell)
+    with without_fast_paths("fused_steps", "stacked_layers"):
+        yield
+
+
+def num_rooms() -> int:
+    return len(recordings.recorder.rooms)
+
+
+@CELLS
+def test_several_forwards_before_a_backward(cell_type):
+    """What a backward still needs is not overwritten, nor is it by a backward that may come again."""
+    model = make_model(cell_type).train()
+    for run in range(4):
+        results_of(model, make_inputs(seed=run))
+    inputs = [make_inputs(seed=10 + index).requires_grad_() for index in range(3)]
+
+    def gradients():
+        totals = [model(inputs_embeds=tensor).last_hidden_state.square().sum() for tensor in inputs]
+        first = torch.autograd.grad(totals[0], inputs[0], retain_graph=True)
+        later = [torch.autograd.grad(total, tensor)[0] for total, tensor in zip(totals, inputs)]
+        return [*first, *later]
+
+    torch.testing.assert_close(gradients(), plain(gradients), rtol=1e-9, atol=1e-9)
+    assert num_rooms() > 2
+
+
+@CELLS
+def test_results_are_kept(cell_type):
+    """Outputs and gradients of before are not changed by what comes later, also without a graph that holds them."""
+    model = make_model(cell_type).train()
+    for run in range(4):
+        results_of(model, make_inputs(seed=run))
+    kept = []
+    for run in range(3):
+        inputs = make_inputs(seed=run).requires_grad_()
+        outputs = model(inputs_embeds=inputs).last_hidden_state
+        (gradient,) = torch.autograd.grad(outputs.square().sum(), inputs)
+        kept.append((outputs.detach(), outputs.detach().clone(), gradient, gradient.clone()))
+        del outputs
+        gc.collect()
+    for outputs, outputs_then, gradient, gradient_then in kept:
+        assert torch.equal(outputs, outputs_then)
+        assert torch.equal(gradient, gradient_then)
+
+
+@CELLS
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("seq", [SEQ, 32])
+def test_dropout_behind_a_recording(cell_type, seq, bidirectional):
+    """It draws what it drew before there was one, and for that it depends on where numbers lie in memory."""
+    model = make_model(cell_type, hidden_dropout=0.5, bidirectional=bidirectional).train()
+    inputs = make_inputs(seq)
+    strides, results = [], []
+    for _ in range(4):
+        outputs, _, _ = model.layers[0](inputs)
+        strides.append(outputs.stride())
+        torch.manual_seed(0)
+        results.append(model(inputs_embeds=inputs).last_hidden_state.detach())
+    assert num_rooms() > 0
+    assert len(set(strides)) == 1
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-9)
+
+
+@CELLS
+def test_without_gradients(cell_type):
+    model = make_model(cell_type)
+    for context in (torch.no_grad, torch.inference_mode):
+        for run in range(5):
+            inputs = make_inputs(seed=run)
+            with context():
+                actual = model(inputs_embeds=inputs).last_hidden_state
+            torch.testing.assert_close(actual, plain(model, None, None, None, inputs).last_hidden_state)
+    assert num_rooms() > 0
+    inputs = make_inputs(seed=9)
+    assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+
+
+@CELLS
+def test_room_is_given_back(cell_type):
+    """A forward without a backward gives its room back, too."""
+    model = make_model(cell_type).train()
+    for run in range(8):
+        outputs = model(inputs_embeds=make_inputs(seed=run))
+        del outputs
+        gc.collect()
+    assert num_rooms() == 2  # the two layers are in use at the same time
+    assert not any(room.in_use for room in recordings.recorder.rooms)
+
+
+@CELLS
+@pytest.mark.parametrize("limit", ["memory", "number"])
+def test_recordings_are_bounded(cell_type, limit, monkeypatch):
+    """What was not played for long goes; what is in use does not, and then no other is made."""
+    num_bytes = property(lambda self: 1, lambda self, value: None)
+    monkeypatch.setattr(recordings, "Recording", type("OfOneByte", (recordings.Recording,), {"num_bytes": num_bytes}))
+    monkeypatch.setattr(recordings, "_memory", lambda: (7 if limit == "memory" else 99) / recordings.MEMORY_SHARE)
+    if limit == "number":
+        monkeypatch.setattr(recordings, "MOST_RECORDINGS", 8)
+    monkeypatch.setattr(recordings, "LONG_UNUSED", 10)
+    model = make_model(cell_type).train()
+
+    def run(batch: int, times: int = 4) -> list[recordings.Room]:
+        inputs = make_inputs(16, batch)
+        for _ in range(times):
+            assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+        return recordings.recorder.rooms
+
+    first = run(1)  # two layers in two recordings each
+    assert len(first) == 2
+    both = run(2)
+    assert len(both) == 4
+    assert run(3, 1) == both
+    assert run(1, 1) == both
+    later = run(3, 8)
+    assert later != both
+    assert len(later) == 4
+    for _ in range(5):
+        run(3)
+    assert run(4)[-1] not in later
+
+
+@CELLS
+def test_a_recording_that_fails(cell_type, monkeypatch):
+    """What cannot be recorded is done without a recording, and nobody tries again."""
+    tries = []
+
+    class Fails:
+        def __init__(self, function, beside=None):
+            tries.append(function)
+            raise RuntimeError("not allowed while a stream is captured")
+
+    monkeypatch.setattr(recordings, "Recording", Fails)
+    model = make_model(cell_type).train()
+    for run in range(5):
+        inputs = make_inputs(seed=run)
+        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+    assert len(tries) == 1
+
+
+@CELLS
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(cell_type, use_reentrant):
+    """It runs layers again within the backward, where nothing is recorded, and wants the same graph as before."""
+    model = make_model(cell_type).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for run in range(5):
+        inputs = make_inputs(seed=run)
+        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+
+
+@CELLS
+def test_precision_of_products(cell_type):
+    """What was recorded is not played where products are to be more exact, or less."""
+    model, inputs = make_model(cell_type, torch.float32).train(), make_inputs(dtype=torch.float32)
+    backend = torch.backends.cudnn.rnn
+    before, rooms = backend.fp32_precision, []
+    try:
+        for precision in ("ieee", "tf32"):
+            backend.fp32_precision = precision
+            for _ in range(4):
+                results_of(model, inputs)
+            rooms.append(num_rooms())
+    finally:
+        backend.fp32_precision = before
+    assert rooms[1] == 2 * rooms[0]
