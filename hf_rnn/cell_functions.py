@@ -14,27 +14,33 @@ from .recurrent_cells import RecurrentCell, State
 DEVICE_TYPE = "cuda"
 
 
-def takes_cell_function(cell: RecurrentCell, inputs: torch.Tensor, state: State) -> bool:
-    """Whether torch's function serves for a step of a cell with `inputs` `(batch, ...)`."""
-    return (
-        inputs.device.type == DEVICE_TYPE
-        and cell.torch_kernel is not None
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and may_take("cell_functions")
-        and not transforms_are_active()
+def step_by_function(cell: RecurrentCell, inputs: torch.Tensor, state: State) -> State | None:
+    """
+    The state after a step of a cell by torch's function, None where that does not serve.
+
+    Args:
+        cell (`RecurrentCell`): The cell.
+        inputs (`torch.Tensor` of shape `(batch, input_size)`): The inputs.
+        state (`tuple` of `torch.Tensor` of shape `(batch, hidden_size)`): The state before it.
+    """
+    if (
+        inputs.device.type != DEVICE_TYPE
+        or cell.torch_kernel is None
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not may_take("cell_functions")
+        or transforms_are_active()
         # Under which it would bring the state to the type of products.
-        and autocast_dtype(DEVICE_TYPE) is None
-        and type(cell.weight_ih) in (torch.Tensor, nn.Parameter)
-        and type(cell.weight_hh) in (torch.Tensor, nn.Parameter)
-        and all(part.dtype == inputs.dtype for part in (*state, cell.weight_ih))
-    )
-
-
-def call_cell_function(cell: RecurrentCell, inputs: torch.Tensor, state: State) -> State:
-    """The state after a step of a cell, for which [`takes_cell_function`] is true, with `inputs` `(batch, size)`."""
-    function = getattr(torch, f"{cell.torch_kernel}_cell")
+        or autocast_dtype(DEVICE_TYPE) is not None
+    ):
+        return None
+    # Read once, as something may be computed where they are read.
     weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+    if any(type(weight) not in (torch.Tensor, nn.Parameter) for weight in weights):
+        return None
+    if any(tensor.dtype != inputs.dtype for tensor in (*state, *weights)):
+        return None
+    function = getattr(torch, f"{cell.torch_kernel}_cell")
     if len(state) > 1:
         return tuple(function(inputs, state, *weights))
     return (function(inputs, state[0], *weights),)

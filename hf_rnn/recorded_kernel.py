@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .fast_paths import autocast_dtype, may_take
-from .recordings import Borrowed, Room, may_play, play, read, write
+from .recordings import Borrowed, Player, Room, apply, may_play, play
 
 
 # Shorter sequences are not worth it, nor are steps of so many multiplications (of four bytes each), during which a CPU
@@ -45,65 +45,14 @@ class _Call(Room):
 
     def __init__(self, kernel: Kernel, tensors: Sequence[torch.Tensor], num_weights: int, wanted: Sequence[bool]):
         super().__init__()
-        self.kernel, self.num_weights = kernel, num_weights
         with torch.no_grad():
             copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors[:-num_weights]]
             copies += [weight.detach() for weight in side_by_side(tensors[-num_weights:])]
-        self.tensors = [tensor.requires_grad_(is_wanted) for tensor, is_wanted in zip(copies, wanted)]
-        with torch.set_grad_enabled(any(wanted)):
-            self.forward = self.record(self._run)
-        if any(wanted):
-            self.incoming = [torch.zeros_like(output) for output in self.outputs]
-            self.are_zero = [True] * len(self.outputs)
-            self.backward = self.record(self._differentiate, beside=self.forward)
 
-    def _run(self) -> None:
-        inputs, *initial = self.tensors[: -self.num_weights]
-        self.outputs = list(self.kernel(inputs, initial, self.tensors[-self.num_weights :]))
+        def run(inputs, *others):
+            return kernel(inputs, others[:-num_weights], others[-num_weights:])
 
-    def _differentiate(self) -> None:
-        # Kept, so that a graph that is asked twice for its gradients finds what it needs.
-        self.gradients = torch.autograd.grad(
-            self.outputs,
-            [tensor for tensor in self.tensors if tensor.requires_grad],
-            self.incoming,
-            retain_graph=True,
-        )
-
-    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Outputs and final states of a sequence."""
-        write(self.tensors, tensors)
-        self.forward.play()
-        return tuple(read(self.outputs))
-
-    def differentiate(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The gradients of all tensors, from those of what [`~_Call.run`] returned; None stands for zero."""
-        given = [(place, gradient) for place, gradient in zip(self.incoming, gradients) if gradient is not None]
-        if not given:
-            return [None] * len(self.tensors)
-        for index, gradient in enumerate(gradients):
-            if gradient is None and not self.are_zero[index]:
-                self.incoming[index].zero_()
-            self.are_zero[index] = gradient is None
-        write(*zip(*given))
-        self.backward.play()
-        results = iter(read(self.gradients))
-        return [next(results) if tensor.requires_grad else None for tensor in self.tensors]
-
-
-class _Play(torch.autograd.Function):
-    """A call in a graph of autograd, which borrows its room for as long as it lives."""
-
-    @staticmethod
-    def forward(ctx, borrowed, *tensors):
-        ctx.borrowed = borrowed
-        ctx.set_materialize_grads(False)
-        return borrowed.room.run(tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):
-        return None, *ctx.borrowed.room.differentiate(gradients)
+        self.player = Player(self, run, [copy.requires_grad_(is_wanted) for copy, is_wanted in zip(copies, wanted)])
 
 
 def _size_of_number(inputs: torch.Tensor) -> int:
@@ -152,7 +101,8 @@ def play_kernel(
     trains = any(wanted)
 
     def run(borrowed: Borrowed):
-        return _Play.apply(borrowed, *tensors) if trains else borrowed.room.run(tensors)
+        player = borrowed.room.player
+        return apply(borrowed, player, *tensors) if trains else player.run(tensors)
 
     return play(
         (*key, tuple((tensor.shape, tensor.dtype) for tensor in tensors), wanted),

@@ -10,8 +10,8 @@ the recording each time, so that it holds for every layer of the same sizes, wha
 
 import functools
 import inspect
-import itertools
 import logging
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from .bare_cells import describe, make_cell
 from .fast_paths import is_watched, may_take
 from .linear_calls import project_inputs
-from .recordings import Borrowed, Room, in_surroundings, is_capturing, may_play, may_record, play, write
-from .recurrent_cells import RECURRENT_CELLS, RecurrentCell, State, masked_step
+from .recordings import Borrowed, Player, Room, apply, in_surroundings, is_capturing, may_play, may_record, play, write
+from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State, masked_step
 from .step_linear import StepLinear
 
 
@@ -55,12 +55,14 @@ class _Loop(Room):
     def __init__(self, cell, description: str, inputs, state, kept, trains: bool):
         super().__init__()
         self.trains = trains
-        self.pieces: dict[tuple[int, bool], _Piece] = {}
+        self.pieces: dict[tuple[int, bool], Player] = {}
         self.kept = None if kept is None else kept.detach().clone()
         self.cell = _bare_cell(type(cell), description, cell.input_size, cell.hidden_size)
         self.weights = {name: weight.detach().clone() for name, weight in cell.named_parameters()}
-        self._look_at_a_step(project_inputs(cell, inputs[:, 0]).detach(), tuple(part.detach() for part in state))
-        for weight in self.weights.values():
+        # Copies, as what was made in inference mode cannot be kept for a backward.
+        projected = project_inputs(cell, inputs[:, 0]).detach().clone()
+        self._look_at_a_step(projected, tuple(part.detach().clone() for part in state))
+        for weight in self.hold(self.weights.values()):
             weight.requires_grad_(trains)
         self._fused = None
         if self.products is not None and may_take("fused_steps"):
@@ -80,7 +82,7 @@ class _Loop(Room):
         with torch.enable_grad():
             for weight in self.weights.values():
                 weight.requires_grad_()
-            results = self._call(lambda cell: cell.step(projected, state, linear))
+            results = self._call(self.weights, lambda cell: cell.step(projected, state, linear))
             total = sum(result.float().sum() for result in results)
             gradients = torch.autograd.grad(total, list(self.weights.values()), allow_unused=True)
         self.weights = {
@@ -90,18 +92,26 @@ class _Loop(Room):
         known = all(index is not None and name is not None and bias != "" for index, name, bias in products)
         self.products = products if known and products else None
 
-    def _call(self, run: Callable[[RecurrentCell], State]) -> State:
-        return functional_call(self.cell, self.weights, (run,))
+    def _call(self, weights: dict[str, torch.Tensor], run: Callable[[RecurrentCell], State]) -> State:
+        return functional_call(self.cell, weights, (run,))
 
-    def step(self, projected, state, is_token, linear) -> State:
-        """[`masked_step`] with these weights."""
-
+    def _keeping(self, linear: Linear) -> Linear:
         def keeping(hidden, weight, bias=None):
             return linear(hidden if self.kept is None else hidden * self.kept, weight, bias)
 
+        return keeping
+
+    def plain_step(self, weights: dict[str, torch.Tensor], projected, state, is_token) -> State:
+        """[`masked_step`] with other weights."""
+        linear = self._keeping(F.linear)
+        return self._call(weights, lambda cell: masked_step(cell, projected, state, is_token, linear))
+
+    def step(self, projected, state, is_token, linear) -> State:
+        """[`masked_step`] with these weights."""
+        linear = self._keeping(linear)
         if self._fused is not None:
             products = tuple(
-                keeping(state[index], self.weights[name], None if bias is None else self.weights[bias])
+                linear(state[index], self.weights[name], None if bias is None else self.weights[bias])
                 for index, name, bias in self.products
             )
             try:
@@ -111,7 +121,7 @@ class _Loop(Room):
                     raise
                 logger.debug("Steps of %s are not fused: %s", type(self.cell).__name__, error)
                 self._fused = None
-        return self._call(lambda cell: masked_step(cell, projected, state, is_token, keeping))
+        return self._call(self.weights, lambda cell: masked_step(cell, projected, state, is_token, linear))
 
     def fill(self, weights: list[torch.Tensor], kept: torch.Tensor | None) -> None:
         """Copies the weights of a cell, and what is kept, into this room."""
@@ -120,12 +130,12 @@ class _Loop(Room):
             if kept is not None:
                 self.kept.copy_(kept)
 
-    def piece(self, index: int, projected, state, is_token) -> "_Piece | None":
+    def piece(self, index: int, projected, state, is_token) -> Player | None:
         """The piece at some place of a sequence, recorded if it is not there; None where that must not be done now."""
         key = index, is_token is not None
-        if key not in self.pieces and may_record():
+        if key not in self.pieces and may_record(projected.device):
             with in_surroundings(projected.device, self.trains):
-                self.pieces[key] = _Piece(self, projected, state, is_token)
+                self.pieces[key] = _make_piece(self, projected, state, is_token)
         return self.pieces.get(key)
 
 
@@ -136,62 +146,34 @@ def _step_behind_products(cell, weights, projected, state, products, is_token) -
     )
 
 
-class _Piece:
-    """Some steps in the room of a loop, with a place for everything that goes in and comes out."""
+def _make_piece(loop: _Loop, projected, state, is_token) -> Player:
+    """
+    Some steps in the room of a loop, as a function of their inputs, the state before them, the mask if there is one,
+    and the weights of the cell, to hidden states `(steps, batch, hidden_size)` and the final state.
+    """
+    num_states = len(state)
+    linear = StepLinear() if loop.trains else F.linear
+    inputs = [part.detach().clone().requires_grad_(loop.trains) for part in (projected, *state)]
+    if is_token is not None:
+        inputs.append(is_token.clone())
+    names, loop = list(loop.weights), weakref.proxy(loop)  # which holds its pieces
 
-    def __init__(self, loop: _Loop, projected, state, is_token):
-        self.loop = loop
-        self.inputs = [part.detach().clone().requires_grad_(loop.trains) for part in (projected, *state)]
-        self.is_token = None if is_token is None else is_token.clone()
-        with torch.set_grad_enabled(loop.trains):
-            self.forward = loop.record(self._read)
-        if loop.trains:
-            self.incoming = [torch.zeros_like(output) for output in self.outputs]
-            self.backward = loop.record(self._differentiate, beside=self.forward)
-
-    def _read(self) -> None:
-        linear = StepLinear() if self.loop.trains else F.linear
-        projected, *state = self.inputs
-        is_token = itertools.repeat(None) if self.is_token is None else self.is_token.unbind(0)
+    def unroll(step, projected, *others):
+        state, is_token = others[:num_states], others[num_states : -len(names)]
         hiddens = []
-        for projected_now, is_token_now in zip(projected.unbind(0), is_token):
-            state = self.loop.step(projected_now, tuple(state), is_token_now, linear)
+        for position, projected_now in enumerate(projected.unbind(0)):
+            state = step(projected_now, tuple(state), is_token[0][position] if is_token else None)
             hiddens.append(state[0])
-        self.outputs = [torch.stack(hiddens), *state]
+        return [torch.stack(hiddens), *state]
 
-    def _differentiate(self) -> None:
-        # Kept, so that a graph that is asked twice for its gradients finds what it needs.
-        self.gradients = torch.autograd.grad(
-            self.outputs, [*self.inputs, *self.loop.weights.values()], self.incoming, retain_graph=True
-        )
+    def recorded(*tensors):
+        return unroll(lambda *arguments: loop.step(*arguments, linear), *tensors)
 
-    def read(self, projected, state, is_token) -> list[torch.Tensor]:
-        """The hidden states `(steps, batch, hidden_size)` and the final state, to be read before the next call."""
-        write(self.inputs, [projected, *state])
-        if is_token is not None:
-            self.is_token.copy_(is_token)
-        self.forward.play()
-        return [output.detach() for output in self.outputs]
+    def plain(*tensors):
+        weights = dict(zip(names, tensors[-len(names) :]))
+        return unroll(lambda *arguments: loop.plain_step(weights, *arguments), *tensors)
 
-    def differentiate(self, gradients: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """The gradients of inputs, state and weights, from those of what [`~_Piece.read`] returned."""
-        write(self.incoming, gradients)
-        self.backward.play()
-        return [gradient.clone() for gradient in self.gradients]
-
-
-class _Play(torch.autograd.Function):
-    """A piece in a graph of autograd, which borrows the room of its loop for as long as it lives."""
-
-    @staticmethod
-    def forward(ctx, piece, borrowed, is_token, projected, *tensors):
-        ctx.piece, ctx.borrowed = piece, borrowed
-        return tuple(piece.read(projected, tensors[: len(piece.inputs) - 1], is_token))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):
-        return None, None, None, *ctx.piece.differentiate(gradients)
+    return Player(loop, recorded, inputs, list(loop.weights.values()), plain, copies=False)
 
 
 @functools.cache
@@ -285,10 +267,8 @@ def _play(
         piece = loop.piece(index, steps, state, is_token)
         if piece is None:
             return None
-        if loop.trains:
-            read, *state = _Play.apply(piece, borrowed, is_token, steps, *state, *weights)
-        else:
-            read, *state = piece.read(steps, state, is_token)
+        values = [steps, *state, *([] if is_token is None else [is_token])]
+        read, *state = apply(borrowed, piece, *values, *weights) if loop.trains else piece.run(values)
         hiddens.append(read)
     # In memory as the loop leaves them, so that a dropout behind it draws the same.
     hiddens[-1] = hiddens[-1][: length - rest]

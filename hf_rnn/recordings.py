@@ -1,9 +1,9 @@
-"""Work of a GPU that is recorded once as CUDA graphs and played from then on. Imports the fast paths.
+"""Work of a GPU that is recorded once as CUDA graphs and played from then on. Imports derivatives of higher order.
 
 Whoever records keeps a room: tensors into which the inputs are copied, and recordings that read them and leave their
 results beside them. A room serves one forward at a time, until its gradients have been computed or nobody can ask for
 them any more, so that several rooms of the same kind may be needed. [`recorder`] holds all of them by what they depend
-on.
+on. Where something else than these gradients is asked for, what was recorded is computed again without a recording.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ import logging
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 
 from .fast_paths import autocast_dtype, current_backward, transforms_are_active
+from .higher_derivatives import gradients_with_graph
 
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,11 @@ def is_capturing(device_type: str) -> bool:
     return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-# It has no public door; where it is missing, nothing is recorded.
+# They have no public doors. Where the first is missing, nothing is recorded.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
+_number_of_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+_clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
 
 
 def may_play(inputs: torch.Tensor) -> bool:
@@ -47,25 +51,36 @@ def may_play(inputs: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not is_capturing(inputs.device.type)
         and not transforms_are_active()
+        # Who looks at every operation would not see what is played.
+        and _number_of_modes() == 0
         # Gradient checkpointing compares what is kept with what is kept when the same runs again.
         and _top_hooks(True) is None
     )
 
 
-def may_record() -> bool:
-    """Whether a recording may be made now: not within a backward, whose work belongs to others."""
-    return current_backward is not None and current_backward() == -1
+def may_record(device: torch.device) -> bool:
+    """
+    Whether a recording may be made now: not within a backward, whose work belongs to others, nor in two threads at a
+    time, nor on a stream of somebody who is about to record and has memory of their own for it.
+    """
+    return (
+        current_backward is not None
+        and current_backward() == -1
+        and threading.current_thread() is threading.main_thread()
+        and (device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device))
+    )
 
 
 def surroundings(device: torch.device) -> tuple:
     """What work on a device depends on beside its arguments: stream, autocast, and how exact products are."""
-    backends = torch.backends
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
         device,
         torch.cuda.current_stream(device) if device.type == "cuda" else None,
         autocast_dtype(device.type),
-        *(backends.cuda.matmul.fp32_precision, backends.cudnn.rnn.fp32_precision, backends.cudnn.enabled),
-        *(backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
+        *(cudnn.rnn.fp32_precision, cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
+        *(matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction),
+        *(matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation),
     )
 
 
@@ -109,7 +124,12 @@ class Recording:
                 function()
             stream.synchronize()
             before = torch.cuda.memory_reserved()
-            self.graph = _capture(function, None if beside is None else beside.graph.pool())
+            # What cuBLAS works in belongs to a stream. Here it is to be memory of the graph, as others may free theirs.
+            _clear_workspaces()
+            try:
+                self.graph = _capture(function, None if beside is None else beside.graph.pool())
+            finally:
+                _clear_workspaces()
             self.num_bytes = max(0, torch.cuda.memory_reserved() - before)
         torch.cuda.current_stream().wait_stream(stream)
 
@@ -148,14 +168,20 @@ def _end_capture_of_random_numbers() -> None:
 
 
 def write(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Copies values to where a recording reads them, all at once, without a graph of autograd around it."""
-    torch._foreach_copy_(places, values)
+    """Copies values to where a recording reads them, all of a type at once, without a graph of autograd around it."""
+    types = {place.dtype for place in places}
+    if len(types) == 1:
+        torch._foreach_copy_(places, values)
+        return
+    for dtype in types:
+        pairs = [(place, value) for place, value in zip(places, values) if place.dtype == dtype]
+        torch._foreach_copy_(*zip(*pairs))
 
 
 def read(places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies of what recordings left in some places, which the next play does not change."""
     copies = [torch.empty_like(place) for place in places]
-    torch._foreach_copy_(copies, places)
+    write(copies, places)
     return copies
 
 
@@ -166,16 +192,23 @@ class Room:
         self.in_use = False
         self.last_use = 0
         self.recordings: list[Recording] = []
+        self._num_bytes = 0
 
     def record(self, function: Callable[[], None], beside: Recording | None = None) -> Recording:
         """A [`Recording`] in this room."""
         self.recordings.append(Recording(function, beside))
         return self.recordings[-1]
 
+    def hold(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """These tensors, counted as memory of the room."""
+        tensors = list(tensors)
+        self._num_bytes += sum(tensor.nbytes for tensor in tensors)
+        return tensors
+
     @property
     def num_bytes(self) -> int:
-        """What its recordings take of the memory of the GPU."""
-        return sum(recording.num_bytes for recording in self.recordings)
+        """What it takes of the memory of the GPU."""
+        return self._num_bytes + sum(recording.num_bytes for recording in self.recordings)
 
 
 AnyRoom = TypeVar("AnyRoom", bound=Room)
@@ -193,6 +226,106 @@ class Borrowed:
         self.room.in_use = False
 
 
+Function = Callable[..., Sequence[torch.Tensor]]
+
+
+class Player:
+    """
+    A function of tensors that is recorded in a room, with its gradients where some of the tensors require them.
+
+    Args:
+        room (`Room`): The room.
+        function: What is recorded, in operations that autograd knows.
+        places: Its first arguments, into which values are copied for each play.
+        shared: Its other arguments, into which somebody else does.
+        plain: The same function of tensors that lie elsewhere; `function` where not given.
+        copies (`bool`): Whether results are copied; otherwise they must be read before the next play.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        function: Function,
+        places: Sequence[torch.Tensor],
+        shared: Sequence[torch.Tensor] = (),
+        plain: Function | None = None,
+        copies: bool = True,
+    ):
+        self.places, self._shared = room.hold(places), shared
+        self._function, self.plain, self._copies = function, plain or function, copies
+        self._trained = [tensor for tensor in (*places, *shared) if tensor.requires_grad]
+        with torch.set_grad_enabled(bool(self._trained)):
+            self._forward = room.record(self._run)
+        if self._trained:
+            self._forward.play()
+            self._incoming = room.hold(torch.zeros_like(output) for output in self._outputs)
+            self._are_zero = [True] * len(self._incoming)
+            self._backward = room.record(self._differentiate, beside=self._forward)
+
+    def _run(self) -> None:
+        self._outputs = list(self._function(*self.places, *self._shared))
+
+    def _differentiate(self) -> None:
+        # Kept, so that a graph that is asked twice for its gradients finds what it needs.
+        self._gradients = torch.autograd.grad(self._outputs, self._trained, self._incoming, retain_graph=True)
+
+    def run(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The results of the function, without a graph."""
+        write(self.places, values)
+        self._forward.play()
+        return tuple(read(self._outputs) if self._copies else [output.detach() for output in self._outputs])
+
+    def differentiate(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients of all arguments, from those of the results; None stands for zero."""
+        given = [(place, gradient) for place, gradient in zip(self._incoming, gradients) if gradient is not None]
+        if not given:
+            return [None] * (len(self.places) + len(self._shared))
+        for index, gradient in enumerate(gradients):
+            if gradient is None and not self._are_zero[index]:
+                self._incoming[index].zero_()
+            self._are_zero[index] = gradient is None
+        write(*zip(*given))
+        self._backward.play()
+        results = iter(read(self._gradients))
+        return [next(results) if tensor.requires_grad else None for tensor in (*self.places, *self._shared)]
+
+
+class _Play(torch.autograd.Function):
+    """A player in a graph of autograd, which borrows its room until the graph is freed."""
+
+    @staticmethod
+    def forward(ctx, borrowed, player, *tensors):
+        ctx.player, ctx.autocast = player, autocast_dtype(tensors[0].device.type)
+        ctx.set_materialize_grads(False)
+        # It lives as long as what is saved, and that is freed when gradients have been computed.
+        holder = torch.empty(0)
+        holder.borrowed = borrowed
+        ctx.save_for_backward(holder, *tensors)
+        return player.run(tensors[: len(player.places)])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        _, *tensors = ctx.saved_tensors
+        given = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        if not (torch.is_grad_enabled() or any(_is_batched(gradients[index]) for index in given)):
+            return None, None, *ctx.player.differentiate(gradients)
+
+        def run(*tensors):
+            with torch.autocast(tensors[0].device.type, ctx.autocast, ctx.autocast is not None):
+                results = ctx.player.plain(*tensors)
+            return [results[index] for index in given]
+
+        with torch.enable_grad():
+            needed = ctx.needs_input_grad[2:]
+            found = gradients_with_graph(run, tensors, needed, [gradients[index] for index in given])
+        return None, None, *found
+
+
+def apply(borrowed: Borrowed, player: Player, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The results of the function of a player in a borrowed room, with a graph of autograd."""
+    return _Play.apply(borrowed, player, *tensors)
+
+
 class Recorder:
     """All rooms of a process, by what they depend on."""
 
@@ -208,8 +341,8 @@ class Recorder:
         """All of them."""
         return [room for rooms in self._rooms.values() for room in rooms]
 
-    def borrow(self, key: Hashable, make: Callable[[], Room]) -> Borrowed | None:
-        """A room; None where what it is for ran too seldom, or cannot be recorded now."""
+    def borrow(self, key: Hashable, device: torch.device, make: Callable[[], Room]) -> Borrowed | None:
+        """A room on a device; None where what it is for ran too seldom, or cannot be recorded now."""
         with self._lock:
             self._clock += 1
             for room in self._rooms.get(key, ()):
@@ -221,7 +354,7 @@ class Recorder:
             if len(self._runs) > 10_000:
                 self._runs.clear()
             self._runs[key] += 1
-            if self._runs[key] <= RUNS_BEFORE or not may_record() or not self._has_space():
+            if self._runs[key] <= RUNS_BEFORE or not may_record(device) or not self._has_space():
                 return None
         room = make()
         with self._lock:
@@ -234,6 +367,11 @@ class Recorder:
         with self._lock:
             self._refused.add(key)
             self._rooms.pop(key, None)
+
+    def wait(self) -> None:
+        """Records nothing more for some time."""
+        with self._lock:
+            self._full_until = self._clock + LONG_UNUSED
 
     def forget(self) -> None:
         """Drops all recordings."""
@@ -299,8 +437,12 @@ def play(
             return make()
 
     try:
-        borrowed = recorder.borrow(key, make_here)
+        borrowed = recorder.borrow(key, device, make_here)
         return None if borrowed is None else run(borrowed)
+    except torch.OutOfMemoryError as error:
+        logger.debug("%s is not recorded now: %s", key[0], error)
+        recorder.wait()
+        return None
     except Exception as error:  # whatever a recording does not allow can be done without one
         logger.debug("%s is not recorded: %s", key[0], error)
         recorder.refuse(key)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from .cell_functions import call_cell_function, takes_cell_function
+from .cell_functions import step_by_function
 from .fast_paths import autocast_dtype, derivatives_go_forward, may_take, transforms_are_active
 from .hyperbolic_tangent import tanh
 from .large_products import large_linear
@@ -329,10 +329,10 @@ def run_sequence(
     if num_steps == 1 and len(cells) == 1 and padding is None and not (kept or needs_history):
         # Nothing to choose from, and in generation the time to choose counts.
         (cell,) = cells
-        if takes_cell_function(cell, inputs, state):
-            state = call_cell_function(cell, inputs[:, 0], state)
-        else:
-            state = cell.step(project_inputs(cell, inputs[:, 0], packed_linear), state, packed_linear)
+        new_state = step_by_function(cell, inputs[:, 0], state)
+        if new_state is None:
+            new_state = cell.step(project_inputs(cell, inputs[:, 0], packed_linear), state, packed_linear)
+        state = new_state
         return state[0].unsqueeze(1), state, None
     if isinstance(padding, PackedPadding):
         return *_run_packed(cells, inputs, state, padding, kept, needs_state), None

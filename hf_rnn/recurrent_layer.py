@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cell_functions import call_cell_function, takes_cell_function
+from .cell_functions import step_by_function
 from .fast_paths import loop_only
 from .linear_calls import project_inputs
 from .packed_linear import begin_text, packed_linear
@@ -199,8 +199,9 @@ class RecurrentLayer(GradientCheckpointingLayer):
         are_plain = linear in _PLAIN and input_linear in _PLAIN
 
         def run(cell):
-            if are_plain and takes_cell_function(cell, inputs, state):
-                return where_token(is_token, call_cell_function(cell, inputs, state), state)
+            new_state = step_by_function(cell, inputs, state) if are_plain else None
+            if new_state is not None:
+                return where_token(is_token, new_state, state)
             return masked_step(cell, project_inputs(cell, inputs, input_linear), state, is_token, linear)
 
         state = self.cell(run)

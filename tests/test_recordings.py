@@ -119,8 +119,7 @@ def test_room_is_given_back(cell_type):
 @pytest.mark.parametrize("limit", ["memory", "number"])
 def test_recordings_are_bounded(cell_type, limit, monkeypatch):
     """What was not played for long goes; what is in use does not, and then no other is made."""
-    num_bytes = property(lambda self: 1, lambda self, value: None)
-    monkeypatch.setattr(recordings, "Recording", type("OfOneByte", (recordings.Recording,), {"num_bytes": num_bytes}))
+    monkeypatch.setattr(recordings.Room, "num_bytes", 2)
     monkeypatch.setattr(recordings, "_memory", lambda: (7 if limit == "memory" else 99) / recordings.MEMORY_SHARE)
     if limit == "number":
         monkeypatch.setattr(recordings, "MOST_RECORDINGS", 8)
