@@ -60,13 +60,14 @@ def may_play(inputs: torch.Tensor) -> bool:
 
 def may_record(device: torch.device) -> bool:
     """
-    Whether a recording may be made now: not within a backward, whose work belongs to others, nor in two threads at a
-    time, nor on a stream of somebody who is about to record and has memory of their own for it.
+    Whether a recording may be made now: not while there is no space, nor within a backward, whose work belongs to others,
+    nor in two threads at a time, nor on a stream of somebody who is about to record and has memory of their own for it.
     """
     return (
         current_backward is not None
         and current_backward() == -1
         and threading.current_thread() is threading.main_thread()
+        and not recorder.waits
         and (device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device))
     )
 
@@ -341,6 +342,11 @@ class Recorder:
         """All of them."""
         return [room for rooms in self._rooms.values() for room in rooms]
 
+    @property
+    def waits(self) -> bool:
+        """Whether there was no space a short time ago."""
+        return self._clock < self._full_until
+
     def borrow(self, key: Hashable, device: torch.device, make: Callable[[], Room]) -> Borrowed | None:
         """A room on a device; None where what it is for ran too seldom, or cannot be recorded now."""
         with self._lock:
@@ -380,8 +386,6 @@ class Recorder:
 
     def _has_space(self) -> bool:
         """Whether there may be one more room; those go that were not played for long, but no others."""
-        if self._clock < self._full_until:
-            return False
         if self._is_full():
             oldest = self._clock - LONG_UNUSED
             for key, rooms in list(self._rooms.items()):

@@ -14,20 +14,33 @@ BATCH, SEQ, HIDDEN = 6, 21, 8
 
 
 class DoneAnew:
-    """In the place of a recording: does the same again when played."""
-
-    made = 0
+    """
+    In the place of a recording: does the same again when played, and leaves the results where they were the first time,
+    as a recording does.
+    """
 
     num_bytes = 0
 
     def __init__(self, function, beside=None):
-        type(self).made += 1
-        self.function, self.has_graph = function, torch.is_grad_enabled()
-        function()
+        self.function, self.has_graph, self.beside = function, torch.is_grad_enabled(), beside
+        self.player = function.__self__
+        self.name = {"_run": "_outputs", "_differentiate": "_gradients"}[function.__name__]
+        self.places = self._do()
 
-    def play(self):
+    def _do(self) -> list[torch.Tensor]:
+        if self.beside is not None:  # the gradients are those of what was computed last
+            self.player._outputs = self.beside.results
         with torch.set_grad_enabled(self.has_graph):
             self.function()
+        self.results = list(getattr(self.player, self.name))
+        return self.results
+
+    def play(self):
+        for place, result in zip(self.places, self._do(), strict=True):
+            place.data.copy_(result)
+        setattr(self.player, self.name, self.places)
+        if self.beside is not None:
+            self.player._outputs = self.beside.places
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +50,6 @@ def recorder(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(recordings, "Recording", DoneAnew)
         monkeypatch.setattr(recordings, "_memory", lambda: 2**40)
-    monkeypatch.setattr(DoneAnew, "made", 0)
     recordings.recorder.forget()
     yield recordings.recorder
     recordings.recorder.forget()

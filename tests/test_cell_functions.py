@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from hf_rnn import RECURRENT_CELLS, cell_functions, loop_only, without_fast_paths
 from hf_rnn.recurrent_cells import LSTMCell
@@ -92,6 +93,28 @@ def test_steps_in_which_units_are_dropped(calls):
         calls.clear()
         model.train()(**inputs)
         assert not calls
+
+
+def test_weights_that_are_computed(calls):
+    """Once for each step."""
+    model, _ = on_device("RNNForCausalLM")
+    computed = []
+
+    class Count(nn.Module):
+        def forward(self, weight):
+            computed.append(weight)
+            return 2 * weight
+
+    for layer in model.model.layers:
+        for name in ("weight_ih", "weight_hh"):
+            parametrize.register_parametrization(layer.cell, name, Count())
+    computed.clear()
+    token = make_tokens(3, 1).to(DEVICE)
+    logits = model(token).logits
+    assert len(computed) == 2 * len(model.model.layers)
+    assert calls
+    with loop_only():
+        torch.testing.assert_close(logits, model(token).logits, rtol=1e-10, atol=1e-12)
 
 
 def test_where_the_equations_are_taken(calls, monkeypatch):

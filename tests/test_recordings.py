@@ -1,9 +1,12 @@
 """Recordings, of loops and of kernels: when they are made and played, what they keep, and when they go."""
 
+import contextvars
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.cells import LayerNormLSTMCell
 from hf_rnn import RECURRENT_CELLS, recordings, without_fast_paths
@@ -144,6 +147,137 @@ def test_recordings_are_bounded(cell_type, limit, monkeypatch):
     for _ in range(5):
         run(3)
     assert run(4)[-1] not in later
+
+
+@CELLS
+def test_losses_that_are_kept(cell_type):
+    """What was needed for gradients goes when they have been computed, not when the loss goes."""
+    model, losses = make_model(cell_type).train(), []
+    for run in range(8):
+        losses.append(model(inputs_embeds=make_inputs(seed=run)).last_hidden_state.square().sum())
+        losses[-1].backward()
+    assert num_rooms() == 2
+    assert not any(room.in_use for room in recordings.recorder.rooms)
+    with pytest.raises(RuntimeError, match="a second time"):
+        losses[-1].backward()
+
+
+@CELLS
+@pytest.mark.parametrize("power", [1, 2])
+def test_derivatives_of_higher_order(cell_type, power):
+    """Also where the gradient of the outputs is a constant."""
+    model = make_model(cell_type).train()
+    weights = list(model.layers.parameters())
+
+    def gradients(inputs):
+        total = (model(inputs_embeds=inputs).last_hidden_state ** power).sum()
+        first = torch.autograd.grad(total, [inputs, *weights], create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        return [*first, *torch.autograd.grad(penalty, [inputs, *weights])]
+
+    for run in range(4):
+        inputs = make_inputs(seed=run).requires_grad_()
+        with torch.backends.cudnn.flags(enabled=False):  # which has the first ones alone
+            torch.testing.assert_close(gradients(inputs), plain(gradients, inputs), rtol=1e-8, atol=1e-8)
+    assert num_rooms() > 0
+
+
+@CELLS
+def test_many_gradients_at_once(cell_type):
+    model = make_model(cell_type).train()
+
+    def jacobian(inputs):
+        outputs = model(inputs_embeds=inputs).last_hidden_state
+        several = torch.eye(4, dtype=inputs.dtype, device=inputs.device)
+        return torch.autograd.grad(outputs[0, -1, :4], inputs, several, is_grads_batched=True)[0]
+
+    for run in range(4):
+        inputs = make_inputs(seed=run).requires_grad_()
+        with torch.backends.cudnn.flags(enabled=False):
+            torch.testing.assert_close(jacobian(inputs), plain(jacobian, inputs), rtol=1e-9, atol=1e-9)
+    assert num_rooms() > 0
+
+
+@CELLS
+def test_who_looks_at_every_operation(cell_type, monkeypatch):
+    """A tracer would take what is read from a recording for a constant."""
+    played, play = [], recordings.Player.run
+    monkeypatch.setattr(recordings.Player, "run", lambda self, values: played.append(self) or play(self, values))
+    model = make_model(cell_type)
+
+    def run(inputs):
+        return model(inputs_embeds=inputs).last_hidden_state
+
+    with torch.no_grad():
+        for seed in range(4):
+            run(make_inputs(seed=seed))
+        assert played
+        played.clear()
+        traced = make_fx(run)(make_inputs())
+        assert not played
+        other = make_inputs(seed=9)
+        torch.testing.assert_close(traced(other), plain(run, other), rtol=1e-9, atol=1e-9)
+
+
+@CELLS
+def test_first_in_inference_mode(cell_type):
+    model = make_model(cell_type)
+    with torch.inference_mode():
+        for run in range(4):
+            model(inputs_embeds=make_inputs(seed=run))
+    assert num_rooms() > 0
+
+
+@CELLS
+def test_one_thread_records(cell_type):
+    """Others play what is there."""
+    model = make_model(cell_type).train()
+
+    def train():
+        for run in range(4):
+            assert_same(results_of(model, make_inputs(seed=run)), plain(results_of, model, make_inputs(seed=run)))
+        return num_rooms()
+
+    with ThreadPoolExecutor(1) as thread:
+        with without_fast_paths("fused_steps", "stacked_layers"):
+            in_a_thread = contextvars.copy_context()
+        assert thread.submit(in_a_thread.run, train).result() == 0
+        assert train() == 2
+        assert thread.submit(in_a_thread.run, train).result() == 2
+
+
+@CELLS
+def test_what_a_room_takes(cell_type):
+    """Its copies of the weights are counted, too."""
+    model = make_model(cell_type)
+    with torch.no_grad():
+        for run in range(4):
+            model(inputs_embeds=make_inputs(seed=run))
+    of_weights = sum(weight.nbytes for weight in model.layers[0].parameters())
+    assert all(room.num_bytes > of_weights for room in recordings.recorder.rooms)
+
+
+@CELLS
+def test_no_memory_for_a_recording(cell_type, monkeypatch):
+    """It is tried again, but not at once."""
+    tries = []
+
+    class Fails:
+        def __init__(self, function, beside=None):
+            tries.append(function)
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(recordings, "LONG_UNUSED", 5)
+    model = make_model(cell_type).train()
+    with monkeypatch.context() as patched:
+        patched.setattr(recordings, "Recording", Fails)
+        for run in range(4):
+            inputs = make_inputs(seed=run)
+            assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+        assert len(tries) == 2
+    for run in range(6):
+        results_of(model, make_inputs(seed=run))
+    assert num_rooms() == 2
 
 
 @CELLS
