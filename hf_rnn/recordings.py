@@ -60,8 +60,9 @@ def may_play(inputs: torch.Tensor) -> bool:
 
 def may_record(device: torch.device) -> bool:
     """
-    Whether a recording may be made now: not while there is no space, nor within a backward, whose work belongs to others,
-    nor in two threads at a time, nor on a stream of somebody who is about to record and has memory of their own for it.
+    Whether a recording may be made now: not while there is no space, nor within a backward, whose work belongs to
+    others, nor in two threads at a time, nor on a stream of somebody who is about to record and has memory of their own
+    for it.
     """
     return (
         current_backward is not None
