@@ -361,7 +361,7 @@ class Recorder:
             if len(self._runs) > 10_000:
                 self._runs.clear()
             self._runs[key] += 1
-            if self._runs[key] <= RUNS_BEFORE or not may_record(device) or not self._has_space():
+            if self._runs[key] <= RUNS_BEFORE or not may_record(device) or not self._has_space(device):
                 return None
         room = make()
         with self._lock:
@@ -385,31 +385,31 @@ class Recorder:
         with self._lock:
             self.__init__()
 
-    def _has_space(self) -> bool:
+    def _has_space(self, device: torch.device) -> bool:
         """Whether there may be one more room; those go that were not played for long, but no others."""
-        if self._is_full():
+        if self._is_full(device):
             oldest = self._clock - LONG_UNUSED
             for key, rooms in list(self._rooms.items()):
                 self._rooms[key] = [room for room in rooms if room.in_use or room.last_use > oldest]
                 if not self._rooms[key]:
                     del self._rooms[key]
-            if self._is_full():
+            if self._is_full(device):
                 self._full_until = self._clock + LONG_UNUSED // 10
                 return False
         return True
 
-    def _is_full(self) -> bool:
-        rooms = self.rooms
+    def _is_full(self, device: torch.device) -> bool:
+        rooms, (memory, peak) = self.rooms, _memory(device)
+        share = MEMORY_SHARE * memory
         if sum(len(room.recordings) for room in rooms) >= MOST_RECORDINGS:
             return True
-        return sum(room.num_bytes for room in rooms) > MEMORY_SHARE * _memory()
+        # What others may need is left to them: as much again was never in use.
+        return sum(room.num_bytes for room in rooms) > share or memory - peak < share
 
 
-@functools.cache
-def _memory() -> int:
-    """Bytes of the memory of the smallest GPU."""
-    devices = range(torch.cuda.device_count())
-    return min((torch.cuda.get_device_properties(device).total_memory for device in devices), default=0)
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of the memory of a GPU, and the most that was in use at a time."""
+    return torch.cuda.get_device_properties(device).total_memory, torch.cuda.max_memory_allocated(device)
 
 
 recorder = Recorder()

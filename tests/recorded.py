@@ -49,7 +49,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(recordings, "DEVICE_TYPE", DEVICE)
     if DEVICE == "cpu":
         monkeypatch.setattr(recordings, "Recording", DoneAnew)
-        monkeypatch.setattr(recordings, "_memory", lambda: 2**40)
+        monkeypatch.setattr(recordings, "_memory", lambda device: (2**40, 0))
     recordings.recorder.forget()
     yield recordings.recorder
     recordings.recorder.forget()

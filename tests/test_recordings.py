@@ -123,7 +123,8 @@ def test_room_is_given_back(cell_type):
 def test_recordings_are_bounded(cell_type, limit, monkeypatch):
     """What was not played for long goes; what is in use does not, and then no other is made."""
     monkeypatch.setattr(recordings.Room, "num_bytes", 2)
-    monkeypatch.setattr(recordings, "_memory", lambda: (7 if limit == "memory" else 99) / recordings.MEMORY_SHARE)
+    memory = (7 if limit == "memory" else 99) / recordings.MEMORY_SHARE
+    monkeypatch.setattr(recordings, "_memory", lambda device: (memory, 0))
     if limit == "number":
         monkeypatch.setattr(recordings, "MOST_RECORDINGS", 8)
     monkeypatch.setattr(recordings, "LONG_UNUSED", 10)
@@ -255,6 +256,18 @@ def test_what_a_room_takes(cell_type):
             model(inputs_embeds=make_inputs(seed=run))
     of_weights = sum(weight.nbytes for weight in model.layers[0].parameters())
     assert all(room.num_bytes > of_weights for room in recordings.recorder.rooms)
+
+
+@CELLS
+def test_memory_that_others_need(cell_type, monkeypatch):
+    """Nothing is recorded where a program needs nearly all of the memory."""
+    model = make_model(cell_type).train()
+    for peak, num_recorded in ((15.5 / 16, 0), (14.5 / 16, 2)):
+        monkeypatch.setattr(recordings, "_memory", lambda device, peak=peak: (2**40, peak * 2**40))
+        monkeypatch.setattr(recordings, "LONG_UNUSED", 0)
+        for run in range(4):
+            results_of(model, make_inputs(seed=run))
+        assert num_rooms() == num_recorded
 
 
 @CELLS
