@@ -19,9 +19,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .bare_cells import describe, make_cell
+from .cuda_graphs import is_capturing
 from .fast_paths import is_watched, may_take
 from .linear_calls import project_inputs
-from .recordings import Borrowed, Player, Room, apply, in_surroundings, is_capturing, may_play, may_record, play, write
+from .recordings import Borrowed, Player, Room, apply, in_surroundings, may_play, may_record, play, write
 from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State, masked_step
 from .step_linear import StepLinear
 

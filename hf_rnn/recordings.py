@@ -1,4 +1,4 @@
-"""Work of a GPU that is recorded once as CUDA graphs and played from then on. Imports derivatives of higher order.
+"""Work of a GPU that is recorded once as CUDA graphs and played from then on. Imports CUDA graphs.
 
 Whoever records keeps a room: tensors into which the inputs are copied, and recordings that read them and leave their
 results beside them. A room serves one forward at a time, until its gradients have been computed or nobody can ask for
@@ -7,17 +7,15 @@ on. Where something else than these gradients is asked for, what was recorded is
 """
 
 import contextlib
-import functools
-import gc
 import logging
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 
+from .cuda_graphs import Recording, is_capturing
 from .fast_paths import autocast_dtype, current_backward, transforms_are_active
 from .higher_derivatives import gradients_with_graph
 
@@ -31,16 +29,10 @@ MOST_RECORDINGS, MEMORY_SHARE, LONG_UNUSED = 1024, 1 / 16, 1000
 DEVICE_TYPE = "cuda"
 
 
-def is_capturing(device_type: str) -> bool:
-    """Whether what is done on the GPU goes into a graph."""
-    return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 # They have no public doors. Where the first is missing, nothing is recorded.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
 _number_of_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
-_clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
 
 
 def may_play(inputs: torch.Tensor) -> bool:
@@ -100,73 +92,6 @@ def in_surroundings(device: torch.device, trains: bool):
         torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False),
     ):
         yield
-
-
-@functools.cache
-def _stream(device: int) -> torch.cuda.Stream:
-    """Where recordings are made: gradients are computed on the stream of what they belong to."""
-    return torch.cuda.Stream(device)
-
-
-class Recording:
-    """
-    What a function does on the GPU, to be done again with the same tensors.
-
-    Args:
-        function: What to record. It runs twice before.
-        beside (`Recording`, *optional*): One that is always played before this one, and whose memory may be used for
-            what nobody reads after this one.
-    """
-
-    def __init__(self, function: Callable[[], None], beside: "Recording | None" = None):
-        stream = _stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # once aside: libraries set themselves up at first, compilers compile
-                function()
-            stream.synchronize()
-            before = torch.cuda.memory_reserved()
-            # What cuBLAS works in belongs to a stream. Here it is to be memory of the graph, as others may free theirs.
-            _clear_workspaces()
-            try:
-                self.graph = _capture(function, None if beside is None else beside.graph.pool())
-            finally:
-                _clear_workspaces()
-            self.num_bytes = max(0, torch.cuda.memory_reserved() - before)
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def play(self) -> None:
-        self.graph.replay()
-
-
-def _capture(function: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
-    """Records a function on the current stream."""
-    graph = torch.cuda.CUDAGraph()
-    collects = gc.isenabled()
-    gc.disable()  # what is freed by the way could be another graph, and that would end this one
-    try:
-        # Other threads, which load data or compute gradients, may call what a recording rules out.
-        graph.capture_begin(*([] if pool is None else [pool]), capture_error_mode="thread_local")
-        try:
-            function()
-        finally:
-            graph.capture_end()
-    except Exception:
-        _end_capture_of_random_numbers()
-        raise
-    finally:
-        if collects:
-            gc.enable()
-    return graph
-
-
-def _end_capture_of_random_numbers() -> None:
-    """After a recording that failed random generators believe that it goes on; one that succeeds ends that."""
-    graph = torch.cuda.CUDAGraph()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-        graph.capture_begin(capture_error_mode="thread_local")
-        graph.capture_end()
 
 
 def write(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

@@ -677,6 +677,7 @@ INDEPENDENT = {
     "attention",
     "checkpoint_files",
     "configuration_checks",
+    "cuda_graphs",
     "fast_paths",
     "generation_masks",
     "higher_derivatives",
