@@ -3,6 +3,7 @@
 Imports nothing of the package.
 """
 
+import contextlib
 import functools
 import gc
 import warnings
@@ -59,16 +60,16 @@ class Recording:
 
 def _capture(function: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
     """Records a function on the current stream."""
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle() if pool is None else pool
     collects = gc.isenabled()
     gc.disable()  # what is freed by the way could be another graph, and that would end this one
     try:
         # Other threads, which load data or compute gradients, may call what a recording rules out.
-        graph.capture_begin(*([] if pool is None else [pool]), capture_error_mode="thread_local")
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             function()
         finally:
-            graph.capture_end()
+            _end_capture(graph, pool)
     except Exception:
         _end_capture_of_random_numbers()
         raise
@@ -76,6 +77,16 @@ def _capture(function: Callable[[], None], pool: tuple[int, int] | None = None) 
         if collects:
             gc.enable()
     return graph
+
+
+def _end_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    try:
+        graph.capture_end()
+    except Exception:
+        # Torch 2.11 raises this before it tells the allocator, which would believe for ever that a graph is made.
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
 
 
 def _end_capture_of_random_numbers() -> None:

@@ -46,7 +46,7 @@ class _Call(Room):
     def __init__(self, kernel: Kernel, tensors: Sequence[torch.Tensor], num_weights: int, wanted: Sequence[bool]):
         super().__init__()
         with torch.no_grad():
-            copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors[:-num_weights]]
+            copies = [tensor.clone() for tensor in tensors[:-num_weights]]
             copies += [weight.detach() for weight in side_by_side(tensors[-num_weights:])]
 
         def run(inputs, *others):

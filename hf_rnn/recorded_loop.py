@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.func import functional_call
@@ -22,7 +22,7 @@ from .bare_cells import describe, make_cell
 from .cuda_graphs import is_capturing
 from .fast_paths import is_watched, may_take
 from .linear_calls import project_inputs
-from .recordings import Borrowed, Player, Room, apply, in_surroundings, may_play, may_record, play, write
+from .recordings import Borrowed, Player, Room, apply, in_surroundings, may_play, may_record, play, recorder, write
 from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State, masked_step
 from .step_linear import StepLinear
 
@@ -35,8 +35,10 @@ SHORTEST = 4
 
 
 @functools.cache
-def _bare_cell(cell_class: type[RecurrentCell], description: str, input_size: int, hidden_size: int) -> RecurrentCell:
-    """[`make_cell`], the same one each time, as a compiler looks for that."""
+def _bare_cell(
+    cell_class: type[RecurrentCell], description: str, input_size: int, hidden_size: int, device: torch.device
+) -> RecurrentCell:
+    """[`make_cell`], the same one each time for loops on one device, as a compiler looks for that."""
     return make_cell(description, input_size, hidden_size)
 
 
@@ -58,7 +60,7 @@ class _Loop(Room):
         self.trains = trains
         self.pieces: dict[tuple[int, bool], Player] = {}
         self.kept = None if kept is None else kept.detach().clone()
-        self.cell = _bare_cell(type(cell), description, cell.input_size, cell.hidden_size)
+        self.cell = _bare_cell(type(cell), description, cell.input_size, cell.hidden_size, inputs.device)
         self.weights = {name: weight.detach().clone() for name, weight in cell.named_parameters()}
         # Copies, as what was made in inference mode cannot be kept for a backward.
         projected = project_inputs(cell, inputs[:, 0]).detach().clone()
@@ -96,20 +98,14 @@ class _Loop(Room):
     def _call(self, weights: dict[str, torch.Tensor], run: Callable[[RecurrentCell], State]) -> State:
         return functional_call(self.cell, weights, (run,))
 
-    def _keeping(self, linear: Linear) -> Linear:
-        def keeping(hidden, weight, bias=None):
-            return linear(hidden if self.kept is None else hidden * self.kept, weight, bias)
-
-        return keeping
-
-    def plain_step(self, weights: dict[str, torch.Tensor], projected, state, is_token) -> State:
-        """[`masked_step`] with other weights."""
-        linear = self._keeping(F.linear)
+    def plain_step(self, weights: dict[str, torch.Tensor], kept, projected, state, is_token) -> State:
+        """[`masked_step`] with other weights, and other factors of hidden states."""
+        linear = _keeping(F.linear, kept)
         return self._call(weights, lambda cell: masked_step(cell, projected, state, is_token, linear))
 
     def step(self, projected, state, is_token, linear) -> State:
         """[`masked_step`] with these weights."""
-        linear = self._keeping(linear)
+        linear = _keeping(linear, self.kept)
         if self._fused is not None:
             products = tuple(
                 linear(state[index], self.weights[name], None if bias is None else self.weights[bias])
@@ -131,13 +127,29 @@ class _Loop(Room):
             if kept is not None:
                 self.kept.copy_(kept)
 
-    def piece(self, index: int, projected, state, is_token) -> Player | None:
-        """The piece at some place of a sequence, recorded if it is not there; None where that must not be done now."""
+    def has_pieces(self, masks: Sequence[torch.Tensor | None], device: torch.device) -> bool:
+        """Whether the pieces of a sequence are there, or may be recorded now."""
+        are_there = all((index, mask is not None) in self.pieces for index, mask in enumerate(masks))
+        return are_there or (may_record(device) and (not self.pieces or recorder.has_space(device)))
+
+    def piece(self, index: int, projected, state, is_token) -> Player:
+        """The piece at some place of a sequence, recorded if it is not there."""
         key = index, is_token is not None
-        if key not in self.pieces and may_record(projected.device):
+        if key not in self.pieces:
+            if self.pieces and recorder.is_full(projected.device):
+                raise RuntimeError("There is no space for so many pieces.")
             with in_surroundings(projected.device, self.trains):
                 self.pieces[key] = _make_piece(self, projected, state, is_token)
-        return self.pieces.get(key)
+        return self.pieces[key]
+
+
+def _keeping(linear: Linear, kept: torch.Tensor | None) -> Linear:
+    """`linear` of hidden states multiplied with `kept`."""
+
+    def product(hidden, weight, bias=None):
+        return linear(hidden if kept is None else hidden * kept, weight, bias)
+
+    return product
 
 
 def _step_behind_products(cell, weights, projected, state, products, is_token) -> State:
@@ -152,15 +164,14 @@ def _make_piece(loop: _Loop, projected, state, is_token) -> Player:
     Some steps in the room of a loop, as a function of their inputs, the state before them, the mask if there is one,
     and the weights of the cell, to hidden states `(steps, batch, hidden_size)` and the final state.
     """
-    num_states = len(state)
-    linear = StepLinear() if loop.trains else F.linear
+    num_states, num_weights = len(state), len(loop.weights)
     inputs = [part.detach().clone().requires_grad_(loop.trains) for part in (projected, *state)]
     if is_token is not None:
         inputs.append(is_token.clone())
     names, loop = list(loop.weights), weakref.proxy(loop)  # which holds its pieces
 
     def unroll(step, projected, *others):
-        state, is_token = others[:num_states], others[num_states : -len(names)]
+        state, is_token = others[:num_states], others[num_states : len(others) - num_weights]
         hiddens = []
         for position, projected_now in enumerate(projected.unbind(0)):
             state = step(projected_now, tuple(state), is_token[0][position] if is_token else None)
@@ -168,11 +179,13 @@ def _make_piece(loop: _Loop, projected, state, is_token) -> Player:
         return [torch.stack(hiddens), *state]
 
     def recorded(*tensors):
+        linear = StepLinear() if loop.trains else F.linear
         return unroll(lambda *arguments: loop.step(*arguments, linear), *tensors)
 
     def plain(*tensors):
-        weights = dict(zip(names, tensors[-len(names) :]))
-        return unroll(lambda *arguments: loop.plain_step(weights, *arguments), *tensors)
+        weights = dict(zip(names, tensors[len(tensors) - num_weights :]))
+        kept = None if loop.kept is None else loop.kept.clone()  # which is there for the next forward, too
+        return unroll(lambda *arguments: loop.plain_step(weights, kept, *arguments), *tensors)
 
     return Player(loop, recorded, inputs, list(loop.weights.values()), plain, copies=False)
 
@@ -250,7 +263,7 @@ def play_loop(
 def _play(
     borrowed: Borrowed, cell, parameters, inputs, state, mask, reverse, kept, length
 ) -> tuple[torch.Tensor, State] | None:
-    """[`play_loop`] in the room of a loop; None where a piece is missing and must not be recorded now."""
+    """[`play_loop`] in the room of a loop; None where a piece is missing and may not be recorded now."""
     loop, (batch, seq) = borrowed.room, inputs.shape[:2]
     rest = -seq % length
     masks = [None] * ((seq + rest) // length)
@@ -259,6 +272,8 @@ def _play(
         masks = F.pad(by_time, (0, 0, 0, rest)).unsqueeze(-1).split(length)
     elif rest:  # the last piece reads on behind the end
         masks[-1] = torch.arange(length, device=inputs.device)[:, None, None].expand(-1, batch, -1) < length - rest
+    if not loop.has_pieces(masks, inputs.device):
+        return None
     projected = project_inputs(cell, inputs).transpose(0, 1)
     projected = F.pad(projected.flip(0) if reverse else projected, (0, 0, 0, 0, 0, rest))
     weights = [parameters[name] for name in loop.weights]
@@ -266,8 +281,6 @@ def _play(
     hiddens = []
     for index, (steps, is_token) in enumerate(zip(projected.split(length), masks)):
         piece = loop.piece(index, steps, state, is_token)
-        if piece is None:
-            return None
         values = [steps, *state, *([] if is_token is None else [is_token])]
         read, *state = apply(borrowed, piece, *values, *weights) if loop.trains else piece.run(values)
         hiddens.append(read)

@@ -234,7 +234,8 @@ class _Play(torch.autograd.Function):
     def backward(ctx, *gradients):
         _, *tensors = ctx.saved_tensors
         given = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        if not (torch.is_grad_enabled() or any(_is_batched(gradients[index]) for index in given)):
+        is_plain = not (torch.is_grad_enabled() or transforms_are_active())
+        if is_plain and not any(_is_batched(gradients[index]) for index in given):
             return None, None, *ctx.player.differentiate(gradients)
 
         def run(*tensors):
@@ -286,7 +287,7 @@ class Recorder:
             if len(self._runs) > 10_000:
                 self._runs.clear()
             self._runs[key] += 1
-            if self._runs[key] <= RUNS_BEFORE or not may_record(device) or not self._has_space(device):
+            if self._runs[key] <= RUNS_BEFORE or not may_record(device) or not self.has_space(device):
                 return None
         room = make()
         with self._lock:
@@ -310,20 +311,21 @@ class Recorder:
         with self._lock:
             self.__init__()
 
-    def _has_space(self, device: torch.device) -> bool:
-        """Whether there may be one more room; those go that were not played for long, but no others."""
-        if self._is_full(device):
+    def has_space(self, device: torch.device) -> bool:
+        """Whether there may be one more recording; rooms go that were not played for long, but no others."""
+        if self.is_full(device):
             oldest = self._clock - LONG_UNUSED
             for key, rooms in list(self._rooms.items()):
                 self._rooms[key] = [room for room in rooms if room.in_use or room.last_use > oldest]
                 if not self._rooms[key]:
                     del self._rooms[key]
-            if self._is_full(device):
+            if self.is_full(device):
                 self._full_until = self._clock + LONG_UNUSED // 10
                 return False
         return True
 
-    def _is_full(self, device: torch.device) -> bool:
+    def is_full(self, device: torch.device) -> bool:
+        """Whether recordings take all that they may."""
         rooms, (memory, peak) = self.rooms, _memory(device)
         share = MEMORY_SHARE * memory
         if sum(len(room.recordings) for room in rooms) >= MOST_RECORDINGS:
@@ -333,8 +335,10 @@ class Recorder:
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of the memory of a GPU, and the most that was in use at a time."""
-    return torch.cuda.get_device_properties(device).total_memory, torch.cuda.max_memory_allocated(device)
+    """Bytes of the memory of a GPU, and the most that was in use at a time, as far as it is not forgotten."""
+    # What is reserved falls when the cache is emptied, as after an attempt with a batch that was too large.
+    peak = min(torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device))
+    return torch.cuda.get_device_properties(device).total_memory, peak
 
 
 recorder = Recorder()

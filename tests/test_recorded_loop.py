@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.cells import LayerNormLSTMCell, PeepholeLSTMCell
-from hf_rnn import RECURRENT_CELLS, recorded_loop, recordings, without_fast_paths
+from hf_rnn import RECURRENT_CELLS, recorded_loop, recordings, step_linear, without_fast_paths
 from hf_rnn.recurrent_cells import GRUCell, LSTMCell, RecurrentCell
 from matrix import make_mask
 from recorded import (
@@ -149,13 +149,47 @@ def test_what_is_set_on_a_cell(monkeypatch):
     assert num_pieces() > 0
 
 
+@AS_THEY_ARE
+def test_more_pieces_than_there_is_space_for(monkeypatch):
+    """Then all of them go, and the loop does it."""
+    monkeypatch.setattr(recordings, "MOST_RECORDINGS", 6)
+    model = make_model("layer_norm").train()
+    for run in range(5):
+        inputs = make_inputs(16 * 8, seed=run)
+        assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+        assert sum(len(room.recordings) for room in recordings.recorder.rooms) <= 6
+    assert num_pieces() == 0
+
+
+@AS_THEY_ARE
+def test_nothing_is_played_in_vain(monkeypatch):
+    """Where a piece is missing and may not be recorded, those before it are not played either."""
+    model = make_model("layer_norm").train()
+    for run in range(4):
+        results_of(model, make_inputs(32, seed=run))
+    played, play = [], recordings.Player.run
+    monkeypatch.setattr(recordings.Player, "run", lambda self, values: played.append(self) or play(self, values))
+    monkeypatch.setattr(recorded_loop, "may_record", lambda device: False)
+    inputs = make_inputs(48)
+    assert_same(results_of(model, inputs), plain(results_of, model, inputs))
+    assert not played
+    results_of(model, make_inputs(32))
+    assert played
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    """The types are those of the loop, and the numbers are not much further from the exact ones."""
+def test_autocast(dtype, monkeypatch):
+    """
+    The types are those of the loop, and the numbers are not much further from the exact ones, with weights that change;
+    on a CPU too through what keeps weights of the type of products for all steps of a sequence.
+    """
     if DEVICE == "cpu" and dtype == torch.float16:
         pytest.skip("float16 autocast is for GPUs")
+    monkeypatch.setattr(step_linear, "can_pack", lambda inputs, weight: True)
+    monkeypatch.setattr(step_linear, "pack", lambda weight: weight)
+    monkeypatch.setattr(step_linear, "multiply", F.linear)
     model = make_model("layer_norm", torch.float32).train()
-    for run in range(4):
+    for run in range(5):
         inputs = make_inputs(seed=run, dtype=torch.float32)
         with torch.autocast(DEVICE, dtype):
             actual, expected = results_of(model, inputs), plain(results_of, model, inputs)
@@ -164,6 +198,9 @@ def test_autocast(dtype):
             assert value.dtype == expected[name].dtype
             errors = [(other.double() - exact[name]).norm() / exact[name].norm() for other in (value, expected[name])]
             assert errors[0] < 2 * errors[1] + 0.01, name
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.8)
     assert num_pieces() > 0
 
 

@@ -183,6 +183,42 @@ def test_derivatives_of_higher_order(cell_type, power):
     assert num_rooms() > 0
 
 
+@pytest.mark.parametrize("num_rows", [SEQ, 12], ids=["two_pieces", "one_piece"])
+def test_dropped_units_and_another_forward_before_the_second_derivatives(num_rows):
+    """The units that were dropped are those of the first forward."""
+    model = make_model("layer_norm", recurrent_dropout=0.5).train()
+    weights = list(model.layers.parameters())
+
+    def gradients(inputs):
+        torch.manual_seed(0)
+        total = model(inputs_embeds=inputs).last_hidden_state.square().sum()
+        first = torch.autograd.grad(total, [inputs, *weights], create_graph=True)
+        del total
+        model(inputs_embeds=inputs.detach()).last_hidden_state.sum().backward()
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), [inputs, *weights])
+
+    for run in range(4):
+        inputs = make_inputs(num_rows, seed=run).requires_grad_()
+        torch.testing.assert_close(gradients(inputs), plain(gradients, inputs), rtol=1e-8, atol=1e-8)
+    assert num_rooms() > 0
+
+
+@CELLS
+def test_gradients_within_vmap(cell_type):
+    model = make_model(cell_type).train()
+
+    def jacobian(inputs):
+        outputs = model(inputs_embeds=inputs).last_hidden_state[0, -1, :4]
+        several = torch.eye(4, dtype=inputs.dtype, device=inputs.device)
+        return torch.func.vmap(lambda of: torch.autograd.grad(outputs, inputs, of, retain_graph=True)[0])(several)
+
+    for run in range(4):
+        inputs = make_inputs(seed=run).requires_grad_()
+        with torch.backends.cudnn.flags(enabled=False):
+            torch.testing.assert_close(jacobian(inputs), plain(jacobian, inputs), rtol=1e-9, atol=1e-9)
+    assert num_rooms() > 0
+
+
 @CELLS
 def test_many_gradients_at_once(cell_type):
     model = make_model(cell_type).train()
