@@ -328,12 +328,11 @@ def run_sequence(
         return inputs.new_empty(*inputs.shape[:2], len(cells) * cells[0].hidden_size), state, history
     if num_steps == 1 and len(cells) == 1 and padding is None and not (kept or needs_history):
         # Nothing to choose from, and in generation the time to choose counts.
-        (cell,) = cells
-        new_state = step_by_function(cell, inputs[:, 0], state)
+        (cell,), inputs = cells, inputs[:, 0]
+        new_state = step_by_function(cell, inputs, state)
         if new_state is None:
-            new_state = cell.step(project_inputs(cell, inputs[:, 0], packed_linear), state, packed_linear)
-        state = new_state
-        return state[0].unsqueeze(1), state, None
+            new_state = cell.step(project_inputs(cell, inputs, packed_linear), state, packed_linear)
+        return new_state[0].unsqueeze(1), new_state, None
     if isinstance(padding, PackedPadding):
         return *_run_packed(cells, inputs, state, padding, kept, needs_state), None
     if takes_torch_kernel(cells[0], inputs, kept, needs_history):
