@@ -5,9 +5,8 @@ each of which takes longer to start than to run.
 """
 
 import torch
-from torch import nn
 
-from .fast_paths import autocast_dtype, may_take, transforms_are_active
+from .fast_paths import are_plain, autocast_dtype, may_take, transforms_are_active
 from .recurrent_cells import RecurrentCell, State
 
 
@@ -36,9 +35,7 @@ def step_by_function(cell: RecurrentCell, inputs: torch.Tensor, state: State) ->
         return None
     # Read once, as something may be computed where they are read.
     weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
-    if any(type(weight) not in (torch.Tensor, nn.Parameter) for weight in weights):
-        return None
-    if any(tensor.dtype != inputs.dtype for tensor in (*state, *weights)):
+    if not are_plain(*weights) or any(tensor.dtype != inputs.dtype for tensor in (*state, *weights)):
         return None
     function = getattr(torch, f"{cell.torch_kernel}_cell")
     if len(state) > 1:

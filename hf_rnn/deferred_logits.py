@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import autocast_dtype, is_watched, may_take, transforms_are_active
+from .fast_paths import are_plain, autocast_dtype, is_watched, may_take, transforms_are_active
 from .large_products import apply_linear, large_linear, weight_gradient
 from .vocabulary_loss import linear_cross_entropy, pays
 
@@ -45,7 +45,7 @@ def _may_defer(projection: nn.Module, hidden_states: torch.Tensor) -> bool:
     if transforms_are_active():
         return False
     tensors = [hidden_states, projection.weight] + ([] if projection.bias is None else [projection.bias])
-    if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_inference() for tensor in tensors):
+    if not are_plain(*tensors) or any(tensor.is_inference() for tensor in tensors):
         return False
     num_rows = hidden_states.numel() // max(1, hidden_states.shape[-1])
     if hidden_states.device.type == "meta" or not pays(num_rows, projection.weight, _product_dtype(hidden_states)):

@@ -61,6 +61,15 @@ def may_take(name: str) -> bool:
 
 
 @contextlib.contextmanager
+def _ruling_out(names: frozenset[str]):
+    token = _ruled_out.set(names)
+    try:
+        yield
+    finally:
+        _ruled_out.reset(token)
+
+
+@contextlib.contextmanager
 def without_fast_paths(*names: str):
     """
     Within this context the named fast paths are ruled out beside those that are already; all where none is named. The
@@ -72,11 +81,8 @@ def without_fast_paths(*names: str):
     Raises:
         `ValueError`: There is no fast path of that name.
     """
-    token = _ruled_out.set(_ruled_out.get() | _checked(names or FAST_PATHS))
-    try:
+    with _ruling_out(_ruled_out.get() | _checked(names or FAST_PATHS)):
         yield
-    finally:
-        _ruled_out.reset(token)
 
 
 @contextlib.contextmanager
@@ -85,11 +91,8 @@ def loop_only(enabled: bool = True):
     Within this context every layer runs the plain loop over its cell's step, and no fast path; with `enabled=False`
     any fast path. The environment variable `HF_RNN_LOOP_ONLY=1` does the same for a whole process.
     """
-    token = _ruled_out.set(frozenset(FAST_PATHS) if enabled else frozenset())
-    try:
+    with _ruling_out(frozenset(FAST_PATHS) if enabled else frozenset()):
         yield
-    finally:
-        _ruled_out.reset(token)
 
 
 def as_now(function: Callable) -> Callable:
@@ -97,11 +100,8 @@ def as_now(function: Callable) -> Callable:
     ruled_out = _ruled_out.get()
 
     def run(*args, **kwargs):
-        token = _ruled_out.set(ruled_out)
-        try:
+        with _ruling_out(ruled_out):
             return function(*args, **kwargs)
-        finally:
-            _ruled_out.reset(token)
 
     return run
 
@@ -121,6 +121,11 @@ def is_faster(candidate: Callable[[], object], baseline: Callable[[], object]) -
         return sorted(times)[2]
 
     return seconds(candidate) < seconds(baseline)
+
+
+def are_plain(*tensors: torch.Tensor) -> bool:
+    """Whether tensors are nothing but tensors: neither sharded, quantised nor wrapped otherwise."""
+    return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
 
 
 def is_watched(module: nn.Module) -> bool:

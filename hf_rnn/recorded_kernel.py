@@ -9,10 +9,9 @@ weights of the same sizes; there weights lie side by side, as cuDNN reads them f
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
-from .fast_paths import autocast_dtype, may_take
-from .recordings import Borrowed, Player, Room, apply, may_play, play
+from .fast_paths import are_plain, autocast_dtype, may_take
+from .recordings import Player, Room, may_play, play
 
 
 # Shorter sequences are not worth it, nor are steps of so many multiplications (of four bytes each), during which a CPU
@@ -74,7 +73,7 @@ def takes_recorded_kernel(batch: int, seq: int, inputs: torch.Tensor, weights: S
         and seq >= SHORTEST
         and batch * weights[1].numel() * _size_of_number(inputs) <= 4 * MOST_MULTIPLICATIONS
         and may_take("recorded_kernel")
-        and all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
+        and are_plain(*weights)
     )
 
 
@@ -98,16 +97,11 @@ def play_kernel(
     wanted = (False,) * len(tensors)
     if torch.is_grad_enabled():
         wanted = tuple(tensor.requires_grad for tensor in tensors)
-    trains = any(wanted)
-
-    def run(borrowed: Borrowed):
-        player = borrowed.room.player
-        return apply(borrowed, player, *tensors) if trains else player.run(tensors)
 
     return play(
         (*key, tuple((tensor.shape, tensor.dtype) for tensor in tensors), wanted),
         inputs.device,
-        trains,
+        any(wanted),
         lambda: _Call(kernel, tensors, len(weights), wanted),
-        run,
+        lambda borrowed: borrowed.room.player.play(borrowed, tensors),
     )

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from .bare_cells import describe, make_cell
 from .cuda_graphs import is_capturing
-from .fast_paths import is_watched, may_take
+from .fast_paths import are_plain, is_watched, may_take
 from .linear_calls import project_inputs
-from .recordings import Borrowed, Player, Room, apply, in_surroundings, may_play, may_record, play, recorder, write
+from .recordings import Borrowed, Player, Room, in_surroundings, may_play, may_record, play, recorder, write
 from .recurrent_cells import RECURRENT_CELLS, Linear, RecurrentCell, State, masked_step
 from .step_linear import StepLinear
 
@@ -201,9 +201,7 @@ def _is_plain(cell: RecurrentCell) -> bool:
         return False
     if any(map(is_watched, cell.modules())):
         return False
-    return _is_made_of_sizes(type(cell)) and all(
-        type(weight) in (torch.nn.Parameter, torch.Tensor) for weight in cell.parameters()
-    )
+    return _is_made_of_sizes(type(cell)) and are_plain(*cell.parameters())
 
 
 def takes_recording(cell: RecurrentCell, inputs: torch.Tensor, needs_history: bool) -> bool:
@@ -282,7 +280,7 @@ def _play(
     for index, (steps, is_token) in enumerate(zip(projected.split(length), masks)):
         piece = loop.piece(index, steps, state, is_token)
         values = [steps, *state, *([] if is_token is None else [is_token])]
-        read, *state = apply(borrowed, piece, *values, *weights) if loop.trains else piece.run(values)
+        read, *state = piece.play(borrowed, values, weights)
         hiddens.append(read)
     # In memory as the loop leaves them, so that a dropout behind it draws the same.
     hiddens[-1] = hiddens[-1][: length - rest]

@@ -196,6 +196,12 @@ class Player:
         # Kept, so that a graph that is asked twice for its gradients finds what it needs.
         self._gradients = torch.autograd.grad(self._outputs, self._trained, self._incoming, retain_graph=True)
 
+    def play(
+        self, borrowed: Borrowed, values: Sequence[torch.Tensor], shared: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        """The results of the function in a borrowed room, with a graph of autograd where there are gradients."""
+        return _Play.apply(borrowed, self, *values, *shared) if self._trained else self.run(values)
+
     def run(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The results of the function, without a graph."""
         write(self.places, values)
@@ -247,11 +253,6 @@ class _Play(torch.autograd.Function):
             needed = ctx.needs_input_grad[2:]
             found = gradients_with_graph(run, tensors, needed, [gradients[index] for index in given])
         return None, None, *found
-
-
-def apply(borrowed: Borrowed, player: Player, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The results of the function of a player in a borrowed room, with a graph of autograd."""
-    return _Play.apply(borrowed, player, *tensors)
 
 
 class Recorder:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from .cell_functions import step_by_function
-from .fast_paths import autocast_dtype, derivatives_go_forward, may_take, transforms_are_active
+from .fast_paths import are_plain, autocast_dtype, derivatives_go_forward, may_take, transforms_are_active
 from .hyperbolic_tangent import tanh
 from .large_products import large_linear
 from .linear_calls import project_inputs
@@ -53,7 +53,7 @@ def _in_one_piece(inputs: torch.Tensor, weights: list[torch.Tensor]) -> list[tor
         inputs.device.type != "cuda"
         or torch.is_autocast_enabled("cuda")
         or transforms_are_active()
-        or any(type(weight) not in (torch.Tensor, torch.nn.Parameter) for weight in weights)
+        or not are_plain(*weights)
     ):
         return weights
     return list(_InOnePiece.apply(*weights))

@@ -36,6 +36,15 @@ def num_rooms() -> int:
     return len(recordings.recorder.rooms)
 
 
+def assert_always_plain(function, rtol: float = 1e-9):
+    """A function of inputs gives what the loop gives, before it is recorded and from then on."""
+    for run in range(4):
+        inputs = make_inputs(seed=run).requires_grad_()
+        with torch.backends.cudnn.flags(enabled=False):  # which has first derivatives alone, one at a time
+            torch.testing.assert_close(function(inputs), plain(function, inputs), rtol=rtol, atol=rtol)
+    assert num_rooms() > 0
+
+
 @CELLS
 def test_several_forwards_before_a_backward(cell_type):
     """What a backward still needs is not overwritten, nor is it by a backward that may come again."""
@@ -176,11 +185,7 @@ def test_derivatives_of_higher_order(cell_type, power):
         penalty = sum(gradient.square().sum() for gradient in first)
         return [*first, *torch.autograd.grad(penalty, [inputs, *weights])]
 
-    for run in range(4):
-        inputs = make_inputs(seed=run).requires_grad_()
-        with torch.backends.cudnn.flags(enabled=False):  # which has the first ones alone
-            torch.testing.assert_close(gradients(inputs), plain(gradients, inputs), rtol=1e-8, atol=1e-8)
-    assert num_rooms() > 0
+    assert_always_plain(gradients, 1e-8)
 
 
 @pytest.mark.parametrize("num_rows", [SEQ, 12], ids=["two_pieces", "one_piece"])
@@ -204,35 +209,18 @@ def test_dropped_units_and_another_forward_before_the_second_derivatives(num_row
 
 
 @CELLS
-def test_gradients_within_vmap(cell_type):
+@pytest.mark.parametrize("way", ["vmap", "is_grads_batched"])
+def test_many_gradients_at_once(cell_type, way):
     model = make_model(cell_type).train()
 
     def jacobian(inputs):
         outputs = model(inputs_embeds=inputs).last_hidden_state[0, -1, :4]
         several = torch.eye(4, dtype=inputs.dtype, device=inputs.device)
+        if way == "is_grads_batched":
+            return torch.autograd.grad(outputs, inputs, several, is_grads_batched=True)[0]
         return torch.func.vmap(lambda of: torch.autograd.grad(outputs, inputs, of, retain_graph=True)[0])(several)
 
-    for run in range(4):
-        inputs = make_inputs(seed=run).requires_grad_()
-        with torch.backends.cudnn.flags(enabled=False):
-            torch.testing.assert_close(jacobian(inputs), plain(jacobian, inputs), rtol=1e-9, atol=1e-9)
-    assert num_rooms() > 0
-
-
-@CELLS
-def test_many_gradients_at_once(cell_type):
-    model = make_model(cell_type).train()
-
-    def jacobian(inputs):
-        outputs = model(inputs_embeds=inputs).last_hidden_state
-        several = torch.eye(4, dtype=inputs.dtype, device=inputs.device)
-        return torch.autograd.grad(outputs[0, -1, :4], inputs, several, is_grads_batched=True)[0]
-
-    for run in range(4):
-        inputs = make_inputs(seed=run).requires_grad_()
-        with torch.backends.cudnn.flags(enabled=False):
-            torch.testing.assert_close(jacobian(inputs), plain(jacobian, inputs), rtol=1e-9, atol=1e-9)
-    assert num_rooms() > 0
+    assert_always_plain(jacobian)
 
 
 @CELLS
