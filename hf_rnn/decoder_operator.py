@@ -22,10 +22,11 @@ from .opaque_operators import (
     NAMESPACE,
     Known,
     draw_seed,
+    is_trained,
     is_transformed,
     let_graphs_ask,
     random_numbers_of,
-    register_backward,
+    register_gradient,
 )
 from .recurrent_cells import State
 from .recurrent_layer import GateValues, HiddenStates
@@ -151,16 +152,6 @@ def _what_is_known(decoder: nn.Module) -> Known:
     return Known(description, tuple(_bare(description).weight_names), draws, read)
 
 
-@torch.compiler.assume_constant_result
-def _exports() -> bool:
-    return torch.compiler.is_exporting()  # which an older compiler takes for true in every graph
-
-
-def is_compiled() -> bool:
-    """Whether `torch.compile` makes a graph, and not an exporter."""
-    return torch.compiler.is_dynamo_compiling() and not _exports()
-
-
 def run_positions_opaquely(
     decoder: nn.Module,
     hidden_states: torch.Tensor,
@@ -179,12 +170,15 @@ def run_positions_opaquely(
     description = decoder._graph_description()
     if not is_known or not description or is_transformed():
         return decoder.run_positions(hidden_states, states, padding, memory, needs_state, recording)
-    results = recurrent_decoder(
+    parts = [part for state in states for part in state]
+    weights = [attrgetter(name)(decoder) for name in decoder._graph_weight_names()]
+    trains = is_trained([hidden_states, *parts, memory.keys, memory.values, *weights])
+    results = (_for_training if trains else recurrent_decoder)(
         hidden_states,
-        [part for state in states for part in state],
+        parts,
         memory.keys,
         memory.values,
-        [attrgetter(name)(decoder) for name in decoder._graph_weight_names()],
+        weights,
         None if padding is None else padding.mask,
         memory.mask,
         description,
@@ -273,4 +267,4 @@ SCHEMA = (
     "Tensor embeddings, Tensor[] states, Tensor keys, Tensor values, Tensor[] weights, Tensor? mask, "
     "Tensor? source_mask, str description, bool needs_state, str autocast, Tensor? seed"
 )
-register_backward(recurrent_decoder, "recurrent_decoder_backward", SCHEMA, _run, number=5)
+_for_training = register_gradient(recurrent_decoder, "recurrent_decoder", SCHEMA, _run, _shapes, number=5)

@@ -23,13 +23,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 
 from .attention import ATTENTION_SCORES, Attention, AttentionMemory, CrossAttentions, merge_heads, split_heads
 from .configuration_rnn_seq2seq import RNNSeq2SeqConfig
-from .decoder_operator import is_compiled, register_decoder, run_positions_opaquely
+from .decoder_operator import register_decoder, run_positions_opaquely
 from .deferred_logits import vocabulary_logits
 from .fast_paths import may_take
 from .generation_masks import GenerationMasks
 from .hyperbolic_tangent import tanh, tanh_
 from .kept_for_texts import keep, may_keep
 from .large_products import apply_linear, apply_transposed, is_just_linear, large_linear
+from .opaque_operators import is_compiled
 from .packed_linear import begin_text, packed_linear
 from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids
 from .recurrent_cache import (

@@ -4,14 +4,14 @@ random numbers, and a backward that runs the loop again. Imports the derivatives
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .fast_paths import transforms_are_active
+from .fast_paths import may_take, transforms_are_active
 from .higher_derivatives import gradients_with_graph
 
 
@@ -56,6 +56,21 @@ def is_transformed() -> bool:
     return transforms_are_active()
 
 
+@torch.compiler.assume_constant_result
+def _exports() -> bool:
+    return torch.compiler.is_exporting()  # which an older compiler takes for true in every graph
+
+
+def is_compiled() -> bool:
+    """Whether `torch.compile` makes a graph, and not an exporter."""
+    return torch.compiler.is_dynamo_compiling() and not _exports()
+
+
+def is_trained(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether `torch.compile` makes a graph that will have a backward, of which `tensors` take part."""
+    return is_compiled() and torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])  # noqa: C419
+
+
 def draw_seed(draws: bool) -> torch.Tensor | None:
     """A seed for [`random_numbers_of`], where random numbers are drawn."""
     return torch.randint(2**63 - 1, (), device="cpu") if draws else None
@@ -87,47 +102,76 @@ def _with_leaves(arguments: tuple, leaves: list[Any], others: Callable = lambda 
     return tree_map(lambda value: next(leaves) if _has_gradient(value) else others(value), arguments)
 
 
-def register_backward(operator, name: str, schema: str, run: Callable[..., list[torch.Tensor]], number: int) -> None:
+def register_gradient(
+    operator,
+    name: str,
+    schema: str,
+    run: Callable[..., list[torch.Tensor]],
+    shapes: Callable[..., list[torch.Tensor]],
+    number: int,
+) -> Callable[..., list[torch.Tensor]]:
     """
     Gives an operator its gradient, for which `run` computes again what it returned.
 
     Args:
         operator: What `torch.library.custom_op` made.
-        name (`str`): What the operator of the gradient is called.
+        name (`str`): What it is called.
         schema (`str`): The arguments of the operator, in the language of schemas.
         run: A function of these arguments, in operations that autograd knows.
+        shapes: A function of these arguments, which returns tensors of the shapes and types of the results.
         number (`int`): How many of them, at the beginning, have gradients: tensors and lists of tensors.
+
+    Returns:
+        The same operator for graphs that are trained: its forward keeps for the backward what autograd needs, where
+        [`_may_keep`] says so, so that nothing is computed again.
     """
 
-    def run_backward(grad_outputs, *arguments) -> list[torch.Tensor]:
-        given, rest = arguments[:number], arguments[number:]
-        leaves = [leaf.detach().requires_grad_() for leaf in _leaves(given)]
+    def results_of(leaves: list[torch.Tensor], arguments: tuple) -> list[torch.Tensor]:
         with torch.enable_grad():
-            results = run(*_with_leaves(given, leaves), *rest)
+            return run(*_with_leaves(arguments[:number], leaves), *arguments[number:])
+
+    def run_forward(*arguments) -> list[torch.Tensor]:
+        leaves = _leaves(arguments[:number])
+        carrier = leaves[0].new_empty(1)
+        if not _may_keep(leaves):
+            return [*operator(*arguments), carrier]
+        # A graph may use the memory of its arguments for something else before their backward.
+        arguments = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, arguments)
+        leaves = [leaf.detach().requires_grad_() for leaf in _leaves(arguments[:number])]
+        results = results_of(leaves, arguments)
+        if any(result.requires_grad for result in results):  # not within a mode that looks at what is called
+            carrier.kept = results, leaves
+        return [*(result.detach().clone(memory_format=torch.contiguous_format) for result in results), carrier]
+
+    def fake_forward(*arguments) -> list[torch.Tensor]:
+        return [*shapes(*arguments), _leaves(arguments[:number])[0].new_empty(1)]
+
+    def run_backward(grad_outputs, carrier, *arguments) -> list[torch.Tensor]:
+        results, leaves = vars(carrier).pop("kept", (None, None)) if carrier is not None else (None, None)
+        if results is None:
+            leaves = [leaf.detach().requires_grad_() for leaf in _leaves(arguments[:number])]
+            results = results_of(leaves, arguments)
         reached = [(result, gradient) for result, gradient in zip(results, grad_outputs) if result.requires_grad]
         results, grad_outputs = zip(*reached)
         gradients = torch.autograd.grad(results, leaves, grad_outputs, materialize_grads=True)
         return [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients]
 
-    def fake_backward(grad_outputs, *arguments) -> list[torch.Tensor]:
+    def fake_backward(grad_outputs, carrier, *arguments) -> list[torch.Tensor]:
         return [leaf.new_empty(leaf.shape) for leaf in _leaves(arguments[:number])]
 
-    # Not a `custom_op`, inside which autograd is out of reach.
-    if not hasattr(getattr(torch.ops, NAMESPACE), name):  # where this file is imported once more
-        _library.define(f"{name}(Tensor[] grad_outputs, {schema}) -> Tensor[]")
-        _library.impl(name, run_backward, "CompositeExplicitAutograd")
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake_backward, lib=_library)
-    backward_operator = getattr(getattr(torch.ops, NAMESPACE), name)
+    forward_operator = _define(f"{name}_forward", schema, run_forward, fake_forward)
+    backward_operator = _define(
+        f"{name}_backward", f"Tensor[] grad_outputs, Tensor? carrier, {schema}", run_backward, fake_backward
+    )
 
-    def keep_for_backward(ctx, inputs, output):
-        values, ctx.structure = tree_flatten(inputs)
+    def keep_for_backward(ctx, inputs, output, carrier=None):
+        values, ctx.structure = tree_flatten((carrier, *inputs))
         ctx.others = [None if isinstance(value, torch.Tensor) else value for value in values]
         ctx.save_for_backward(*(value if isinstance(value, torch.Tensor) else None for value in values))
 
     def backward(ctx, grad_outputs):
         values = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others)]
-        arguments = tree_unflatten(values, ctx.structure)
+        carrier, *arguments = tree_unflatten(values, ctx.structure)
         given, rest = arguments[:number], arguments[number:]
         if torch.is_grad_enabled():  # derivatives of the second order, of which the operator knows nothing
             leaves = _leaves(given)
@@ -138,11 +182,48 @@ def register_backward(operator, name: str, schema: str, run: Callable[..., list[
                 list(grad_outputs),
             )
         else:
-            gradients = backward_operator(list(grad_outputs), *arguments)
+            gradients = backward_operator(list(grad_outputs), carrier, *arguments)
         of_rest = ([None] * len(value) if isinstance(value, list | tuple) else None for value in rest)
         return *_with_leaves(given, gradients, others=lambda value: None), *of_rest
 
     operator.register_autograd(backward, setup_context=keep_for_backward)
+
+    class Trained(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, structure, *values):
+            arguments = tree_unflatten(values, structure)
+            *results, carrier = forward_operator(*arguments)
+            keep_for_backward(ctx, arguments, results, carrier)
+            return tuple(results)
+
+        @staticmethod
+        def backward(ctx, *grad_outputs):
+            return None, *tree_flatten(backward(ctx, grad_outputs))[0]
+
+    def run_trained(*arguments) -> list[torch.Tensor]:
+        values, structure = tree_flatten(arguments)
+        return list(Trained.apply(structure, *values))
+
+    trained = f"{name}_for_training"
+    if not hasattr(getattr(torch.ops, NAMESPACE), trained):
+        _library.define(f"{trained}({schema}) -> Tensor[]")
+        _library.impl(trained, run_trained, "CompositeImplicitAutograd")
+    return getattr(getattr(torch.ops, NAMESPACE), trained)
+
+
+def _define(name: str, schema: str, run: Callable, fake: Callable):
+    """An operator that autograd does not see, but may be used in: a `custom_op` would have it out of reach."""
+    if not hasattr(getattr(torch.ops, NAMESPACE), name):  # where this file is imported once more
+        _library.define(f"{name}({schema}) -> Tensor[]")
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def _may_keep(leaves: list[torch.Tensor]) -> bool:
+    """Whether what autograd keeps of a forward may lie aside. On a GPU a graph may count what is in its memory."""
+    return may_take("kept_for_backward") and all(leaf.device.type == "cpu" for leaf in leaves)
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")

@@ -21,10 +21,11 @@ from .opaque_operators import (
     NAMESPACE,
     Known,
     draw_seed,
+    is_trained,
     is_transformed,
     let_graphs_ask,
     random_numbers_of,
-    register_backward,
+    register_gradient,
 )
 from .packed_sequences import PackedPadding
 from .recurrent_cells import RecurrentCell, State
@@ -73,7 +74,8 @@ def run_sequence_opaquely(
     mask = None if padding is None else padding.mask
     starts = padding.starts if isinstance(padding, PackedPadding) else None
     seed = draw_seed(cells[0]._graph_draws())
-    outputs, *final = recurrent_layer(inputs, state, weights, kept, mask, descriptions[0], starts, seed)
+    run = _for_training if is_trained([inputs, *state, *weights]) else recurrent_layer
+    outputs, *final = run(inputs, state, weights, kept, mask, descriptions[0], starts, seed)
     return outputs, tuple(final), None
 
 
@@ -164,7 +166,7 @@ SCHEMA = (
     "Tensor inputs, Tensor[] states, Tensor[] weights, Tensor[] kept, Tensor? mask, str cell_type, Tensor? starts, "
     "Tensor? seed"
 )
-register_backward(recurrent_layer, "recurrent_layer_backward", SCHEMA, _run, number=3)
+_for_training = register_gradient(recurrent_layer, "recurrent_layer", SCHEMA, _run, _shapes, number=3)
 
 
 def _decompose(*arguments) -> list[torch.Tensor]:
