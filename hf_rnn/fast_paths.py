@@ -20,13 +20,13 @@ FAST_PATHS = {
     "stacked_layers": "on a GPU several layers in one call of cuDNN, where nothing happens between them",
     "recorded_kernel": "on a GPU those kernels recorded as CUDA graphs, once they have run in the same small sizes",
     "segments": "those kernels over padded batches on a CPU in pieces of time, for the rows that are not at their end",
-    "sequence_functions": "on a CPU GRUs and plain RNNs over sequences as one autograd function on packed weights",
-    "step_linear": "in loops that are trained on a CPU, packed weights and one product for all gradients of a weight",
+    "sequence_functions": "on a CPU GRUs and plain RNNs over sequences as one autograd function",
+    "step_linear": "in loops that are trained on a CPU, weights in the fastest layout, one product for a gradient",
     "cell_functions": "on a GPU single steps by torch's functions for cells, one kernel for all behind the products",
     "recorded_loop": "on a GPU, loops over sequences recorded as CUDA graphs, once they have run in the same sizes",
     "fused_steps": "in recorded loops, what lies between the products of a step fused by `torch.compile`",
     "large_products": "large products of float32 on a CPU by oneDNN, also in the layout of torch",
-    "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the layout of oneDNN",
+    "packed_linear": "in single steps without gradients on a CPU, copies of the weights in the fastest layout",
     "shared_sources": "in generation, several beams or samples that attend to one copy of their source",
     "repeated_rows": "on a CPU the recurrent products of beams once for all that go on from the same one",
     "kept_for_texts": "in decoding, keys and values of a source made once for all steps of a text",
@@ -110,18 +110,35 @@ def as_now(function: Callable) -> Callable:
 # What decides over more than one fast path.
 
 
-def is_faster(candidate: Callable[[], object], baseline: Callable[[], object]) -> bool:
-    """Whether the first of two functions takes less time here than the second."""
+# What others must be faster by to be taken, so that what is about as fast is not chosen by chance.
+MARGIN = 0.9
 
-    def seconds(function) -> float:
-        times = []
-        for _ in range(7):
+
+def fastest(functions: dict[str, Callable[[], object]]) -> str:
+    """The name of the function that takes the least time here; the first one where no other is clearly faster."""
+    first, *others = functions
+    if not others:
+        return first
+    times = {name: [] for name in functions}
+    # What takes long needs few rounds; the first one warms the caches.
+    while len(times[first]) < 3 or (len(times[first]) < 7 and sum(times[first]) < 0.01):
+        for name, function in functions.items():
             start = time.perf_counter()
             function()
-            times.append(time.perf_counter() - start)
-        return sorted(times)[2]
+            times[name].append(time.perf_counter() - start)
+    seconds = {name: sorted(of_function)[len(of_function) // 3] for name, of_function in times.items()}
+    best = min(others, key=seconds.get)
+    return best if seconds[best] < MARGIN * seconds[first] else first
 
-    return seconds(candidate) < seconds(baseline)
+
+def is_faster(candidate: Callable[[], object], baseline: Callable[[], object]) -> bool:
+    """Whether the first of two functions takes clearly less time here than the second."""
+    return fastest({"baseline": baseline, "candidate": candidate}) == "candidate"
+
+
+def may_measure() -> bool:
+    """Whether a path may be chosen by the time that it takes: not where results must be those of another process."""
+    return not torch.are_deterministic_algorithms_enabled()
 
 
 def are_plain(*tensors: torch.Tensor) -> bool:

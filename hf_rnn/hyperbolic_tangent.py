@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import nn
 
-from .fast_paths import is_faster, may_take, transforms_are_active
+from .fast_paths import is_faster, may_measure, may_take, transforms_are_active
 
 
 # Fewer numbers are not worth four operations in place of one.
@@ -48,6 +48,7 @@ def _takes_sigmoid(inputs: torch.Tensor) -> bool:
         and type(inputs) in (torch.Tensor, nn.Parameter)
         and may_take("tanh_by_sigmoid")
         and not transforms_are_active()
+        and may_measure()
         and sigmoid_pays(inputs.dtype)
     )
 

@@ -1,16 +1,18 @@
-"""Large matrix products in float32 on CPUs, by oneDNN. Imports the packed products.
+"""Large matrix products in float32 on CPUs, by oneDNN. Imports the layouts of weights.
 
 Torch takes another library for them, which reaches about half of that on many CPUs.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import is_watched, may_take, transforms_are_active
-from .packed_linear import can_pack, multiply, packed_linear
+from .fast_paths import is_faster, is_watched, may_measure, may_take, transforms_are_active
+from .packed_linear import packed_linear
+from .weight_layouts import by_onednn, can_pack, has_onednn
 
 
 # Multiplications of a product, and the shortest of its three sides, from which on oneDNN is the faster one.
@@ -26,6 +28,16 @@ def is_large(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     return min(rows, width_in, width_out) >= SHORTEST and rows * weight.numel() >= LARGE
 
 
+@functools.cache
+def onednn_pays(num_threads: int) -> bool:
+    """Whether oneDNN is the faster library for large products here; measured once, in milliseconds."""
+    if not has_onednn(torch.float32):
+        return False
+    with torch.no_grad():
+        inputs, weight = (torch.full((rows, 512), 0.5, dtype=torch.float32, device="cpu") for rows in (256, 1024))
+        return is_faster(lambda: by_onednn(inputs, weight), lambda: F.linear(inputs, weight))
+
+
 def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether [`large_linear`] takes oneDNN."""
     return (
@@ -39,6 +51,8 @@ def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         and may_take("large_products")
         and is_large(inputs, weight)
         and can_pack(inputs, weight)
+        and may_measure()
+        and onednn_pays(torch.get_num_threads())
     )
 
 
@@ -46,7 +60,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs, weight, bias):
         ctx.save_for_backward(inputs, weight)
-        return multiply(inputs, weight, bias)
+        return by_onednn(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -63,7 +77,7 @@ def large_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     needs_graph = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (inputs, weight, bias)
     )
-    return (_Linear.apply if needs_graph else multiply)(inputs, weight, bias)
+    return (_Linear.apply if needs_graph else by_onednn)(inputs, weight, bias)
 
 
 def weight_gradient(gradients: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

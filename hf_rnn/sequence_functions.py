@@ -1,4 +1,5 @@
-"""GRUs and plain RNNs over a whole sequence as one autograd function, on CPUs. Imports the products of oneDNN.
+"""GRUs and plain RNNs over a whole sequence as one autograd function, on CPUs. Imports the layouts of weights and
+large products.
 
 Torch's own go through autograd step by step there, and through the slower of two libraries for their products. Here
 time comes first, so that each step lies in one piece. What can wait for its step does, and few copies are made: an
@@ -14,7 +15,7 @@ from .fast_paths import may_take, transforms_are_active
 from .higher_derivatives import gradients_with_graph
 from .hyperbolic_tangent import tanh_
 from .large_products import large_linear, linear_gradients
-from .packed_linear import can_pack, is_large, multiply, pack
+from .weight_layouts import PLAIN, layout_for, multiply, pack
 
 
 tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
@@ -33,11 +34,12 @@ def _in_order(steps: list, reverse: bool) -> list:
 
 
 def _linear_with(weight: torch.Tensor, inputs: torch.Tensor) -> Callable:
-    """`F.linear` of many inputs like these with one weight, packed where that is worth its while."""
-    if is_large(inputs, weight) and can_pack(inputs, weight):
-        packed = pack(weight)
-        return lambda inputs, bias=None: multiply(inputs, packed, bias)
-    return lambda inputs, bias=None: F.linear(inputs, weight, bias)
+    """`F.linear` of many inputs like these with one weight, in the layout that is the fastest."""
+    layout = layout_for(inputs, weight)
+    if layout == PLAIN:
+        return lambda inputs, bias=None: F.linear(inputs, weight, bias)
+    packed = pack(weight, layout)
+    return lambda inputs, bias=None: multiply(inputs, packed, bias)
 
 
 def _backward(ctx, gradient: torch.Tensor, gradients: Callable) -> tuple[torch.Tensor | None, ...]:
@@ -187,9 +189,9 @@ def takes_function(kernel: str, inputs: torch.Tensor, hidden: torch.Tensor, weig
     )
     if not serves:
         return False
-    # Without a graph of all steps, small ones are as fast in torch's kernel.
+    # Without a graph of all steps, torch's kernel is as fast but for its products.
     keeps_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, hidden, *weights))
-    return keeps_graph or (is_large(hidden, weight) and can_pack(hidden, weight))
+    return keeps_graph or layout_for(hidden, weight) != PLAIN
 
 
 def run_function(

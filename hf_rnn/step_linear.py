@@ -1,9 +1,10 @@
-"""Products of one weight with the states of many steps, in loops that are trained. Imports the products of oneDNN.
+"""Products of one weight with the states of many steps, in loops that are trained. Imports the layouts of weights and
+large products.
 
 In a loop over time autograd would, at each step, read the weight in an order that suits it badly and add a gradient of
-its size to the sum so far. Here the weight is packed once for the loop, and the factors of its gradient are kept, so
-that one product makes the gradient after the last step. The loop itself stays an ordinary loop, with derivatives of
-any order.
+its size to the sum so far. Here the weight is brought into the fastest layout once for the loop, and the factors of its
+gradient are kept, so that one product makes the gradient after the last step. The loop itself stays an ordinary loop,
+with derivatives of any order.
 """
 
 import torch
@@ -13,22 +14,27 @@ from torch.nn import functional as F
 
 from .fast_paths import autocast_dtype, current_backward, may_take, transforms_are_active
 from .large_products import weight_gradient
-from .packed_linear import can_pack, multiply, pack
 from .recurrent_cells import Linear
+from .weight_layouts import PLAIN, can_pack, layout_for, multiply, pack
+
+
+def _in_fastest_layout(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What stands for `weight` in products with `inputs`, and others of as many rows."""
+    layout = layout_for(inputs, weight)
+    return weight if layout == PLAIN else pack(weight, layout)
 
 
 class _Weights:
     """
-    A weight and a bias, packed for both directions where that serves, and the factors of their gradients that a
-    backward has met so far.
+    A weight and a bias, for both directions in the layout that is the fastest, and the factors of their gradients that
+    a backward has met so far.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
-        self.packs = weight.device.type == "cpu"
+    def __init__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         self.weight, self.version = weight, weight._version
-        self.source = weight.detach().to(dtype)
-        self.packed = pack(self.source) if self.packs else self.source
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.source = weight.detach().to(inputs.dtype)
+        self.packed = _in_fastest_layout(inputs, self.source)
+        self.bias = None if bias is None else bias.detach().to(inputs.dtype)
         self._transposed: torch.Tensor | None = None
         self.backward: int | None = None
         self.inputs: list[torch.Tensor] = []
@@ -48,23 +54,17 @@ class _Weights:
         """Drops what was kept for the gradient of the weight."""
         self.inputs, self.gradients = [], []
 
-    @property
-    def transposed(self) -> torch.Tensor:
-        """The transposed weight, for the gradients of inputs."""
-        if self._transposed is None:
-            transposed = self.source.t()
-            self._transposed = pack(transposed.contiguous()) if self.packs else transposed
-        return self._transposed
-
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
-        return (multiply if self.packs else F.linear)(inputs, self.packed, self.bias)
+        return multiply(inputs, self.packed, self.bias)
 
     def multiply_transposed(self, gradient: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return (multiply if self.packs else F.linear)(gradient, self.transposed)
-        # Second derivatives are asked for, which need the weight itself.
         if self.weight._version != self.version:
-            raise RuntimeError("A weight was modified in place between a forward and the backward of its backward.")
+            raise RuntimeError("A weight was modified in place between a forward and its backward.")
+        if not torch.is_grad_enabled():
+            if self._transposed is None:
+                self._transposed = _in_fastest_layout(gradient, self.source.t())
+            return multiply(gradient, self._transposed)
+        # Second derivatives are asked for, which need the weight itself.
         return F.linear(gradient, self.weight.to(gradient.dtype).t())
 
 
@@ -118,12 +118,12 @@ class StepLinear:
         is_the_same = weight.grad_fn is None and (isinstance(weight, nn.Parameter) or weight.requires_grad)
         if not is_the_same or (device == "cpu" and not can_pack(inputs, weight)):
             return F.linear(inputs, weight, bias)
-        dtype = autocast_dtype(device) or weight.dtype
+        inputs = inputs.to(autocast_dtype(device) or weight.dtype)
         if id(weight) not in self._known:
-            weights = _Weights(weight, bias, dtype)
+            weights = _Weights(inputs, weight, bias)
             self._known[id(weight)] = weight, weights, _Collect.apply(weight, bias, weights)
         _, weights, before = self._known[id(weight)]
-        return _Step.apply(inputs.to(dtype), before, weights)
+        return _Step.apply(inputs, before, weights)
 
 
 def step_linear(inputs: torch.Tensor, num_steps: int) -> Linear:

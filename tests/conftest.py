@@ -9,6 +9,7 @@ Trainer and the scripts find a GPU without it, and do not expect other tensors t
 import functools
 import os
 
+import pytest
 import torch
 from torch.utils._device import DeviceContext
 
@@ -49,3 +50,20 @@ if "HF_RNN_TEST_DEVICE" in os.environ:
     EverythingOnADevice(torch.device(os.environ["HF_RNN_TEST_DEVICE"])).__enter__()
     for name in ("numpy", "__array__"):
         setattr(torch.Tensor, name, functools.partialmethod(_from_the_cpu, getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(params=["transposed", "onednn"])
+def everything_is_packed(monkeypatch, request):
+    """Small products too take weights in one of the layouts, by oneDNN if it is there."""
+    from hf_rnn import large_products, weight_layouts
+
+    takes_onednn = request.param == weight_layouts.ONEDNN
+    if takes_onednn and not weight_layouts.has_onednn(torch.float32):
+        pytest.skip("Torch has no operators of oneDNN here.")
+    monkeypatch.setattr(weight_layouts, "LARGE", 1)
+    monkeypatch.setattr(weight_layouts, "_layouts", {})
+    monkeypatch.setattr(
+        weight_layouts, "fastest", lambda layouts: request.param if request.param in layouts else "plain"
+    )
+    monkeypatch.setattr(large_products, "is_large", lambda inputs, weight: True)
+    monkeypatch.setattr(large_products, "onednn_pays", lambda num_threads: takes_onednn)

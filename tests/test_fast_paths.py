@@ -21,13 +21,13 @@ from hf_rnn import (
     attention,
     fast_paths,
     kept_for_texts,
-    large_products,
     loop_only,
     modeling_rnn_seq2seq,
     packed_linear,
     recurrent_kernels,
     recurrent_segments,
     sequence_functions,
+    weight_layouts,
     without_fast_paths,
 )
 from hf_rnn import step_linear as step_linear_module
@@ -35,6 +35,7 @@ from hf_rnn.recurrent_cache import cache_of
 from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_kernels import call_torch_kernel, run_loop
 from hf_rnn.step_linear import StepLinear
+from hf_rnn.weight_layouts import ONEDNN, PLAIN, TRANSPOSED
 from matrix import DECODERS, GENERATIVE, MODEL_CLASSES, case_id, cases, make_inputs, make_mask, make_model, make_tokens
 from test_laws_paths import check_model, padded_inputs, results_of
 
@@ -46,11 +47,11 @@ CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
 def packed(monkeypatch):
     """
     Packed weights on every machine and in every type, as plain ones, and a record of what was packed: what is tested is
-    what the library makes of them. What oneDNN makes of them is tested where it has them.
+    what the library makes of them. What the layouts are is tested in another file.
     """
     calls = []
 
-    def pack(weight):
+    def pack(weight, layout):
         calls.append(tuple(weight.shape))
         return weight.detach().clone()
 
@@ -59,7 +60,7 @@ def packed(monkeypatch):
             "pack": pack,
             "multiply": F.linear,
             "can_pack": lambda inputs, weight: inputs.numel() > 0,
-            "is_large": lambda inputs, weight: True,
+            "layout_for": lambda inputs, weight: TRANSPOSED if inputs.numel() > 0 else PLAIN,
         }.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
@@ -95,37 +96,6 @@ def test_names_in_the_environment(monkeypatch):
     assert fast_paths._from_environment() == set(FAST_PATHS)
 
 
-# What oneDNN computes, where it does.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 5, 33])
-def test_packed_products(dtype, rows):
-    if not packed_linear.packing_pays(dtype):
-        pytest.skip("There are no packed weights here, or they are slower.")
-    weight, bias, inputs = (torch.randn(*shape, dtype=dtype) for shape in [(70, 40), (70,), (rows, 40)])
-    actual = packed_linear.multiply(inputs, packed_linear.pack(weight), bias)
-    expected = F.linear(inputs.double(), weight.double(), bias.double())
-    tolerance = 1e-5 if dtype == torch.float32 else 0.3
-    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_no_packed_weights_without_the_private_operators(monkeypatch):
-    """Where torch has no such operators everything is computed as ever."""
-    monkeypatch.setattr(packed_linear, "pack", lambda weight: torch.ops.mkldnn._no_such_operator(weight))
-    packed_linear.packing_pays.cache_clear()
-    try:
-        assert not packed_linear.packing_pays(torch.float32)
-        weight = nn.Parameter(torch.randn(6, 5))
-        with torch.no_grad():
-            for _ in range(3):
-                assert torch.equal(
-                    packed_linear.packed_linear(torch.ones(2, 5), weight), F.linear(torch.ones(2, 5), weight)
-                )
-    finally:
-        packed_linear.packing_pays.cache_clear()
-
-
 # Copies of weights in single steps.
 
 
@@ -138,23 +108,25 @@ def make_weight() -> nn.Parameter:
     return nn.Parameter(torch.randn(300, 7, dtype=torch.float64))
 
 
-def test_which_products_are_worth_a_copy():
-    """Those with many multiplications, and all in narrow types."""
-    one, few, weight = torch.ones(1, 1, 512), torch.ones(2, 1, 512), nn.Parameter(torch.ones(1024, 512))
-    assert not packed_linear.is_large(one, weight)
-    assert packed_linear.is_large(few, weight)
-    assert packed_linear.is_large(one, nn.Parameter(torch.ones(2048, 512)))
-    assert not packed_linear.is_large(few, nn.Parameter(torch.ones(1023, 512)))
-    assert packed_linear.is_large(one.bfloat16(), weight.bfloat16())
-
-
-def test_a_small_product_needs_no_copy(packed, monkeypatch):
-    monkeypatch.setattr(packed_linear, "is_large", lambda inputs, weight: weight.numel() > 2100)
-    small, large = make_weight(), nn.Parameter(torch.ones(301, 7))
-    for weight in (small, large):
+def test_a_weight_whose_layout_is_the_fastest_needs_no_copy(packed, monkeypatch):
+    layouts = {300: PLAIN, 301: TRANSPOSED}
+    monkeypatch.setattr(packed_linear, "layout_for", lambda inputs, weight: layouts[len(weight)])
+    for weight in (make_weight(), nn.Parameter(torch.ones(301, 7))):
         for _ in range(3):
             torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
     assert packed == [(301, 7)]
+
+
+def test_copies_in_several_layouts(packed, monkeypatch):
+    """For one row and for many another one may be the fastest."""
+    layout = [TRANSPOSED]
+    monkeypatch.setattr(packed_linear, "layout_for", lambda inputs, weight: layout[0])
+    weight = make_weight()
+    for name in (TRANSPOSED, ONEDNN, TRANSPOSED, ONEDNN):
+        layout[0] = name
+        for _ in range(2):
+            torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
+    assert packed == [(300, 7)] * 2
 
 
 def test_a_copy_is_made_at_the_second_use_and_kept(packed):
@@ -321,8 +293,9 @@ def test_what_second_derivatives_leave_behind(packed):
     outputs = StepLinear()(inputs, weight).square().sum()
     with torch.no_grad():
         weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified in place"):
-        torch.autograd.grad(outputs, inputs, create_graph=True)
+    for create_graph in (False, True):
+        with pytest.raises(RuntimeError, match="modified in place"):
+            torch.autograd.grad(outputs, inputs, create_graph=create_graph, retain_graph=True)
 
 
 def test_one_product_for_the_gradient_of_a_weight(packed, monkeypatch):
@@ -399,7 +372,7 @@ def test_derivatives_of_sequence_functions(packed, kernel):
 
 @FUNCTIONS
 def test_sequence_functions_of_small_products(monkeypatch, kernel):
-    """Where no product is worth a packed weight, nothing is packed; a backward under autocast is that without."""
+    """Where no product is worth another layout, nothing is packed; a backward under autocast is that without."""
     monkeypatch.setattr(sequence_functions, "pack", None)
     cell = RECURRENT_CELLS[kernel](5, 6)
     for parameter in cell.parameters():
@@ -416,8 +389,9 @@ def test_sequence_functions_of_small_products(monkeypatch, kernel):
 
 
 def test_which_sequences_run_as_a_function(monkeypatch):
-    """Those in float32 with a graph, and without one where packing pays; nothing else."""
-    monkeypatch.setattr(packed_linear, "packing_pays", lambda dtype: True)
+    """Those in float32 with a graph, and without one where another layout of a weight pays; nothing else."""
+    monkeypatch.setattr(weight_layouts, "fastest", lambda functions: list(functions)[-1])
+    monkeypatch.setattr(weight_layouts, "_layouts", {})
     inputs, hidden = torch.zeros(5, 64, 8), torch.zeros(64, 128)
     weights = [torch.zeros(384, 8), torch.zeros(384, 128), torch.zeros(384), torch.zeros(384)]
 
@@ -519,16 +493,9 @@ def test_gradients_with_a_graph_of_a_text_in_two_parts(everything_taken, cell_ty
 # All of them in the type in which they are used.
 
 
-@pytest.fixture
-def all_are_large(monkeypatch):
-    """oneDNN makes small products too, if it makes any."""
-    monkeypatch.setattr(packed_linear, "is_large", lambda inputs, weight: True)
-    monkeypatch.setattr(large_products, "is_large", lambda inputs, weight: True)
-
-
 @pytest.mark.parametrize("decoder", DECODERS, ids=str)
 @pytest.mark.parametrize("cell_type", ["gru", "lstm"])
-def test_float32(all_are_large, decoder, cell_type):
+def test_float32(everything_is_packed, decoder, cell_type):
     """A translator of a width at which every path is taken, against the loop in float64."""
     options = decoder | {"cell_type": cell_type, "hidden_size": 128, "embedding_size": 32}
     name = "RNNSeq2SeqForConditionalGeneration"
@@ -545,7 +512,7 @@ def test_float32(all_are_large, decoder, cell_type):
         assert (actual[key].double() - value).abs().max() / scale < 2e-4, key
 
 
-def test_generated_tokens_are_the_same(all_are_large):
+def test_generated_tokens_are_the_same(everything_is_packed):
     """With packed weights in float32 nothing else is generated."""
     for name in GENERATIVE:
         model = make_model(name, dtype=torch.float32, hidden_size=128)

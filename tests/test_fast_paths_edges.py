@@ -21,9 +21,7 @@ from matrix import DECODERS, case_id, make_inputs, make_model, make_tokens
 SEQ2SEQ, CAUSAL = "RNNSeq2SeqForConditionalGeneration", "RNNForCausalLM"
 STEPWISE = [{"input_feeding": True}, {"decoder_type": "bahdanau"}]
 CELLS = pytest.mark.parametrize("cell_type", RECURRENT_CELLS)
-needs_packing = pytest.mark.skipif(
-    not packed_linear.packing_pays(torch.float32), reason="There are no packed weights here, or they are slower."
-)
+packing = pytest.mark.usefixtures("everything_is_packed")
 
 
 def wide_model(name: str, **options):
@@ -91,7 +89,7 @@ def test_a_backward_to_the_inputs_before_the_one_to_all(options, cell_type):
     torch.testing.assert_close(gradients(True), gradients(False))
 
 
-@needs_packing
+@packing
 def test_biases_with_gaps():
     """A column of a matrix, and one number for all."""
     weight, inputs = torch.randn(256, 200), torch.randn(64, 200)
@@ -100,7 +98,7 @@ def test_biases_with_gaps():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@needs_packing
+@packing
 @pytest.mark.parametrize("length", [1, 3], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("factor", [-1, 2, 4])
 def test_rows_written_behind_the_back(length, factor):
@@ -119,7 +117,7 @@ def test_rows_written_behind_the_back(length, factor):
     torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-3, atol=1e-3)
 
 
-@needs_packing
+@packing
 @torch.no_grad()
 def test_rows_written_between_texts_of_one_source():
     model = make_model(SEQ2SEQ, torch.float32, hidden_size=512, embedding_size=512, vocab_size=3000)
@@ -137,7 +135,7 @@ def test_rows_written_between_texts_of_one_source():
     torch.testing.assert_close(first_logits(), expected, rtol=1e-3, atol=1e-3)
 
 
-@needs_packing
+@packing
 @torch.no_grad()
 def test_a_change_between_two_copies_of_parts():
     weight, inputs = nn.Parameter(torch.randn(2048, 1024)), torch.randn(1, 1024)
@@ -192,7 +190,7 @@ def test_dropout_beside_a_model_in_evaluation():
     assert not torch.equal(scores[0], scores[1])
 
 
-@needs_packing
+@packing
 @torch.no_grad()
 def test_derivatives_that_go_forward():
     weight, inputs, tangents = nn.Parameter(torch.randn(1024, 1024)), torch.randn(64, 1024), torch.randn(64, 1024)
@@ -251,7 +249,7 @@ def test_transformed_decoders(decoder):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
-@needs_packing
+@packing
 @torch.no_grad()
 def test_traced_steps():
     """Neither copies of weights nor keys of the example become constants."""

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_rnn import large_products, loop_only, packed_linear, without_fast_paths
+from hf_rnn import large_products, loop_only, without_fast_paths
 from hf_rnn.large_products import apply_linear, large_linear, weight_gradient
 from hf_rnn.recurrent_cells import GRUCell
 from hf_rnn.recurrent_kernels import run_loop
+from hf_rnn.weight_layouts import has_onednn
 from matrix import cases
 from test_laws_paths import check_model
 
@@ -30,7 +31,7 @@ def taken(monkeypatch):
     def takes_onednn(inputs, weight):
         return large_products.may_take("large_products") and type(weight) in (torch.Tensor, nn.Parameter)
 
-    monkeypatch.setattr(large_products, "multiply", multiply)
+    monkeypatch.setattr(large_products, "by_onednn", multiply)
     monkeypatch.setattr(large_products, "takes_onednn", takes_onednn)
     monkeypatch.setattr("hf_rnn.vocabulary_loss.takes_onednn", takes_onednn)
     return shapes
@@ -132,7 +133,7 @@ def test_a_vocabulary_in_parts(taken, monkeypatch):
 
 def test_which_products_are_taken(monkeypatch):
     """Large ones in float32 where oneDNN is faster, which no other program has its hands on."""
-    monkeypatch.setattr(packed_linear, "packing_pays", lambda dtype: True)
+    monkeypatch.setattr(large_products, "onednn_pays", lambda num_threads: True)
     inputs, weight = torch.zeros(4, 32, 128), nn.Parameter(torch.zeros(128, 128))
     takes = large_products.takes_onednn
     assert takes(inputs, weight)
@@ -152,10 +153,11 @@ def test_which_products_are_taken(monkeypatch):
     assert seen == [False]
 
 
-def test_onednn():
+def test_onednn(monkeypatch):
     """What it computes, from arguments that do not lie in one piece too."""
-    if not packed_linear.packing_pays(torch.float32):
-        pytest.skip("oneDNN is not there, or it is slower.")
+    if not has_onednn(torch.float32):
+        pytest.skip("Torch has no operators of oneDNN here.")
+    monkeypatch.setattr(large_products, "onednn_pays", lambda num_threads: True)
     inputs, weight, bias = torch.randn(300, 4, 70)[::2], torch.randn(90, 140)[:, ::2], torch.randn(90)
     leaves = [leaf.detach().requires_grad_() for leaf in (inputs, weight, bias)]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]

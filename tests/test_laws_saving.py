@@ -718,6 +718,7 @@ RUNNING = {
     "sequence_functions",
     "shared_sources",
     "step_linear",
+    "weight_layouts",
     "vocabulary_loss",
 }
 

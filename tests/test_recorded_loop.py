@@ -186,8 +186,6 @@ def test_autocast(dtype, monkeypatch):
     if DEVICE == "cpu" and dtype == torch.float16:
         pytest.skip("float16 autocast is for GPUs")
     monkeypatch.setattr(step_linear, "can_pack", lambda inputs, weight: True)
-    monkeypatch.setattr(step_linear, "pack", lambda weight: weight)
-    monkeypatch.setattr(step_linear, "multiply", F.linear)
     model = make_model("layer_norm", torch.float32).train()
     for run in range(5):
         inputs = make_inputs(seed=run, dtype=torch.float32)

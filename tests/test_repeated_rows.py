@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hf_rnn import RECURRENT_CELLS, packed_linear, repeated_rows, without_fast_paths
 from hf_rnn.repeated_rows import different_rows, select_rows
+from hf_rnn.weight_layouts import TRANSPOSED
 from matrix import GENERATIVE, make_inputs, make_mask, make_model
 
 
@@ -21,7 +22,7 @@ def of_any_size(monkeypatch):
 
 @pytest.fixture
 def rows_multiplied(monkeypatch):
-    """How many rows each product with a packed weight had; with products that work everywhere."""
+    """How many rows each product of a single step had; with products that work everywhere."""
     numbers = []
 
     def multiply(inputs, packed, bias=None):
@@ -29,10 +30,9 @@ def rows_multiplied(monkeypatch):
         return F.linear(inputs, packed, bias)
 
     for name, stand_in in {
-        "pack": lambda weight: weight.detach().clone(),
+        "pack": lambda weight, layout: weight.detach().clone(),
         "multiply": multiply,
-        "can_pack": lambda inputs, weight: inputs.numel() > 0,
-        "is_large": lambda inputs, weight: True,
+        "layout_for": lambda inputs, weight: TRANSPOSED,
         "_copies": {},
     }.items():
         monkeypatch.setattr(packed_linear, name, stand_in)
@@ -96,7 +96,7 @@ def test_products(rows_multiplied):
     for _ in range(3):
         product = packed_linear.packed_linear(selected, weight, bias)
         torch.testing.assert_close(product, F.linear(selected, weight, bias))
-    assert rows_multiplied == [repeated_rows.MULTIPLE, repeated_rows.MULTIPLE]
+    assert rows_multiplied == [repeated_rows.MULTIPLE] * 3
 
 
 @pytest.mark.parametrize("cell_type", RECURRENT_CELLS)

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from hf_rnn.packed_linear import is_large, multiply, pack, packing_pays
 from hf_rnn.recurrent_cache import cache_of, cache_output
+from hf_rnn.weight_layouts import PLAIN, layout_for, multiply, pack
 
 from .harness import (
     Measurement,
@@ -228,10 +228,10 @@ def library_overhead(settings: Settings) -> Measurement:
     # Small, so that the difference is not lost in what the products take.
     model = make_language_model(settings, vocab_size=200, hidden_size=64).eval()
     token = torch.full((1, 1), 3, device=settings.device)
-    packs = settings.device == "cpu" and packing_pays(torch.float32)
     cells = [layer.cell for layer in model.model.layers]
     weights = [*(weight for cell in cells for weight in (cell.weight_ih, cell.weight_hh)), model.lm_head.weight]
-    packed = {id(weight): pack(weight) for weight in weights if packs and is_large(weight[:1], weight)}
+    layouts = {weight: layout_for(weight[:1], weight) for weight in weights}
+    packed = {id(weight): pack(weight, layout) for weight, layout in layouts.items() if layout != PLAIN}
 
     def linear(inputs, weight, bias):
         copy = packed.get(id(weight))

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from hf_rnn.packed_linear import multiply, pack, packing_pays
+from hf_rnn.large_products import onednn_pays
+from hf_rnn.weight_layouts import PLAIN, by_onednn, layout_for, multiply, pack
 
 
 class Settings(NamedTuple):
@@ -272,9 +273,13 @@ def matrix_products(
 def _product(rows: int, width_in: int, width_out: int, settings: Settings, dtype: torch.dtype):
     inputs = torch.randn(rows, width_in, device=settings.device).to(dtype)
     weight = torch.randn(width_out, width_in, device=settings.device).to(dtype)
-    if settings.device == "cpu" and packing_pays(dtype):
-        return partial(multiply, inputs, pack(weight))
-    return partial(F.linear, inputs, weight)
+    if settings.device != "cpu":
+        return partial(F.linear, inputs, weight)
+    layout = layout_for(inputs, weight)
+    if layout != PLAIN:
+        return partial(multiply, inputs, pack(weight, layout))
+    takes_onednn = dtype == torch.float32 and onednn_pays(settings.threads)
+    return partial(by_onednn if takes_onednn else F.linear, inputs, weight)
 
 
 def recurrence_shapes(tokens: int, input_size: int, hidden_size: int, gates: int = 4) -> list[tuple[int, int, int]]:
