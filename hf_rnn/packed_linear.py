@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .fast_paths import may_take, transforms_are_active
 from .repeated_rows import different_rows
-from .weight_layouts import PLAIN, layout_for, multiply, pack
+from .weight_layouts import PLAIN, is_large, layout_for, multiply, pack
 
 
 class _Copy:
@@ -101,7 +101,8 @@ def packed_linear(
     """
     part = weight[:, first_column:] if first_column else weight
     takes_copy = (
-        not torch.is_grad_enabled()
+        is_large(inputs, weight)  # first of all, because small products take no longer than the rest
+        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not transforms_are_active()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .fast_paths import autocast_dtype, current_backward, may_take, transforms_are_active
 from .large_products import weight_gradient
 from .recurrent_cells import Linear
-from .weight_layouts import PLAIN, can_pack, layout_for, multiply, pack
+from .weight_layouts import PLAIN, can_pack, is_large, layout_for, multiply, pack
 
 
 def _in_fastest_layout(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ class StepLinear:
         device = inputs.device.type
         # What a parametrization computes is another weight at each step; it has a history, unless all is frozen.
         is_the_same = weight.grad_fn is None and (isinstance(weight, nn.Parameter) or weight.requires_grad)
-        if not is_the_same or (device == "cpu" and not can_pack(inputs, weight)):
+        if not is_the_same or (device == "cpu" and not (is_large(inputs, weight) and can_pack(inputs, weight))):
             return F.linear(inputs, weight, bias)
         inputs = inputs.to(autocast_dtype(device) or weight.dtype)
         if id(weight) not in self._known:

@@ -69,9 +69,10 @@ def can_pack(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def is_large(rows: int, weight: torch.Tensor) -> bool:
-    """Whether there is something to win in a product of so many rows with a weight."""
-    return rows * weight.numel() >= LARGE or weight.dtype != torch.float32  # narrow types go to oneDNN in any case
+def is_large(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether there is something to win in a product of `inputs` `(..., in)` with a weight `[out, in]`."""
+    # Narrow types go to oneDNN in any case.
+    return inputs.numel() * weight.shape[0] >= LARGE or weight.dtype != torch.float32
 
 
 def layout_for(inputs: torch.Tensor, weight: torch.Tensor) -> str:
@@ -79,9 +80,9 @@ def layout_for(inputs: torch.Tensor, weight: torch.Tensor) -> str:
     The layout in which a product of `inputs` `(..., in)` with a weight `[out, in]` is fastest, `PLAIN` where it is to
     stay as it is.
     """
-    rows = inputs.numel() // max(1, weight.shape[1])
-    if not (is_large(rows, weight) and can_pack(inputs, weight) and may_measure()):
+    if not (is_large(inputs, weight) and can_pack(inputs, weight) and may_measure()):
         return PLAIN
+    rows = inputs.numel() // weight.shape[1]
     rows = min(MANY_ROWS, 1 << (rows - 1).bit_length())
     key = (rows, weight.dtype, weight.shape, weight.stride(), torch.get_num_threads())
     layout = _layouts.get(key)

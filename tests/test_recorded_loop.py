@@ -185,7 +185,8 @@ def test_autocast(dtype, monkeypatch):
     """
     if DEVICE == "cpu" and dtype == torch.float16:
         pytest.skip("float16 autocast is for GPUs")
-    monkeypatch.setattr(step_linear, "can_pack", lambda inputs, weight: True)
+    for name in ("can_pack", "is_large"):
+        monkeypatch.setattr(step_linear, name, lambda inputs, weight: True)
     model = make_model("layer_norm", torch.float32).train()
     for run in range(5):
         inputs = make_inputs(seed=run, dtype=torch.float32)
