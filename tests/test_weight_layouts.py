@@ -74,8 +74,10 @@ def test_what_is_chosen_from(measured):
     for weight in (torch.randn(512, 768), torch.randn(512, 1024)[:, 256:]):
         assert layout_for(torch.ones(8, 768), weight) == names[-1]
         assert measured[-1] == names
-    layout_for(torch.ones(8, 512), torch.randn(512, 768).t())
-    assert measured[-1] == tuple(name for name in names if name != TRANSPOSED)
+    for weight in (torch.randn(768, 768), torch.randn(768, 512)):
+        layout_for(torch.ones(8, weight.shape[1]), weight)
+        layout_for(torch.ones(8, weight.shape[0]), weight.t())
+        assert measured[-2:] == [names, tuple(name for name in names if name != TRANSPOSED)]
 
 
 def test_what_is_not_measured(measured):
