@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .fast_paths import are_plain, autocast_dtype, is_watched, may_take, transforms_are_active
-from .large_products import apply_linear, large_linear, weight_gradient
+from .large_products import large_linear, weight_gradient
+from .linear_modules import apply_linear
 from .vocabulary_loss import linear_cross_entropy, pays
 
 

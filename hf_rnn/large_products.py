@@ -4,21 +4,18 @@ Torch takes another library for them, which reaches about half of that on many C
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import is_faster, is_watched, may_measure, may_take, transforms_are_active
-from .packed_linear import packed_linear
+from .fast_paths import is_faster, may_measure, may_take, transforms_are_active
 from .weight_layouts import by_onednn, can_pack, has_onednn
 
 
 # Multiplications of a product, and the shortest of its three sides, from which on oneDNN is the faster one.
 LARGE, SHORTEST = 2**21, 32
-# More rows read a weight often enough without a copy of it.
-MANY_ROWS = 1024
 
 
 def is_large(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -80,55 +77,32 @@ def large_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return (_Linear.apply if needs_graph else by_onednn)(inputs, weight, bias)
 
 
-def weight_gradient(gradients: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def weight_gradient(gradients: torch.Tensor, inputs: torch.Tensor, linear: Callable = large_linear) -> torch.Tensor:
     """
     The gradient `[out, in]` of a weight, from those of its product `[rows, out]` and what it was multiplied with
     `[rows, in]`. One of the two is copied, column by column: the smaller one, where that is worth its while.
     """
     if gradients.shape[1] < 2 * inputs.shape[1]:
-        return large_linear(gradients.t(), inputs.t())
-    return large_linear(inputs.t(), gradients.t()).t()
+        return linear(gradients.t(), inputs.t())
+    return linear(inputs.t(), gradients.t()).t()
 
 
 def linear_gradients(
-    gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, needed: Sequence[bool]
+    gradient: torch.Tensor,
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    needed: Sequence[bool],
+    linear: Callable = large_linear,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """
     The gradients of inputs `(..., in)`, weight `[out, in]` and bias from the `gradient` `(..., out)` of their linear
-    map; None for those that are not `needed`.
+    map; None for those that are not `needed`. Products are made by `linear`.
     """
     of_inputs = of_weight = None
     rows = gradient.flatten(0, -2)
     with torch.autocast("cpu", enabled=False):
         if needed[0]:
-            of_inputs = large_linear(gradient, weight.t())
+            of_inputs = linear(gradient, weight.t())
         if needed[1]:
-            of_weight = weight_gradient(rows, inputs.flatten(0, -2))
+            of_weight = weight_gradient(rows, inputs.flatten(0, -2), linear)
     return of_inputs, of_weight, rows.sum(0) if needed[2] else None
-
-
-def apply_linear(module: nn.Module, inputs: torch.Tensor, step_linear=None) -> torch.Tensor:
-    """
-    `module(inputs)` on the fastest path where it is just an `nn.Linear` (no adapter, no hook): on `step_linear` where
-    that is given and there are few rows, as in the steps of a loop.
-    """
-    # A graph is not to depend on the number of rows.
-    if type(module) is not nn.Linear or torch.compiler.is_compiling() or is_watched(module):
-        return module(inputs)
-    linear = (large_linear if torch.is_grad_enabled() else packed_linear) if step_linear is None else step_linear
-    if inputs.numel() > MANY_ROWS * module.in_features:
-        linear = large_linear
-    return linear(inputs, module.weight, module.bias)
-
-
-def is_just_linear(module: nn.Module) -> bool:
-    """Whether no more than a product happens in a module without a bias: no adapter, no hook; and no graph is made."""
-    is_linear = type(module) is nn.Linear and module.bias is None and type(module.weight) is nn.Parameter
-    return is_linear and not torch.compiler.is_compiling() and not is_watched(module)
-
-
-def apply_transposed(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | None:
-    """`inputs @ module.weight`, or None where more than a product happens in the module, and in graphs."""
-    if not (is_just_linear(module) and may_take("keys_for_plain_queries")):
-        return None
-    return large_linear(inputs, module.weight.t())

@@ -29,7 +29,8 @@ from .fast_paths import may_take
 from .generation_masks import GenerationMasks
 from .hyperbolic_tangent import tanh, tanh_
 from .kept_for_texts import keep, may_keep
-from .large_products import apply_linear, apply_transposed, is_just_linear, large_linear
+from .large_products import large_linear
+from .linear_modules import apply_linear, apply_transposed, is_just_linear
 from .opaque_operators import is_compiled
 from .packed_linear import begin_text, packed_linear
 from .pointer_generator import CopyGate, mixture_log_probabilities, repeat_at_padding, without_extended_ids

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .large_products import apply_linear
+from .linear_modules import apply_linear
 from .recurrent_layer import RecurrentLayer
 from .recurrent_padding import Padding
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .large_products import apply_linear
+from .linear_modules import apply_linear
 from .packed_sequences import PackedPadding
 from .recurrent_layer import RecurrentLayer
 from .recurrent_onnx import in_scan

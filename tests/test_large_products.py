@@ -1,16 +1,21 @@
 """Large products by oneDNN: the same numbers and gradients, where they are taken, and in which cases not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.library import opcheck
 from torch.nn import functional as F
 
 from hf_rnn import large_products, loop_only, without_fast_paths
-from hf_rnn.large_products import apply_linear, large_linear, weight_gradient
+from hf_rnn.large_products import large_linear, weight_gradient
+from hf_rnn.linear_modules import apply_linear
+from hf_rnn.linear_operator import large_linear_operator, linear_in_graph
 from hf_rnn.recurrent_cells import GRUCell
 from hf_rnn.recurrent_kernels import run_loop
 from hf_rnn.weight_layouts import has_onednn
-from matrix import cases
+from matrix import ON_A_CPU, cases, make_inputs, make_model
 from test_laws_paths import check_model
 
 
@@ -193,3 +198,71 @@ def test_modules_with_something_around_them_are_called(taken):
     apply_linear(watched, inputs.requires_grad_()).sum().backward()
     assert len(seen) == 1
     assert len(taken) == 1
+
+
+# In graphs.
+
+
+def products_in_graph(model, inputs, backend: str = "aot_eager") -> list[str]:
+    """The operators of the graph of a forward."""
+    targets = []
+
+    def look(graph, example_inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend(backend)(graph, example_inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=look)
+    actual, expected = compiled(**inputs), model(**inputs)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    if actual.loss is not None and actual.loss.requires_grad:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = [torch.autograd.grad(outputs.loss, parameters) for outputs in (actual, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    return [target for target in targets if "large_linear" in target]
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("takes", [False, True], ids=["torch", "oneDNN"])
+def test_graphs_that_are_trained(monkeypatch, takes, backend):
+    """One operator for the head and each map of the attention, with the gradients of all."""
+    monkeypatch.setattr(large_products, "takes_onednn", lambda inputs, weight: takes and has_onednn(torch.float32))
+    model = make_model("RNNForCausalLM", dtype=torch.float32).train()
+    assert len(products_in_graph(model, make_inputs("RNNForCausalLM"), backend)) == 1
+    name = "RNNSeq2SeqForConditionalGeneration"
+    model = make_model(name, dtype=torch.float32, attention_score="additive").train()
+    assert len(products_in_graph(model, make_inputs(name), backend)) >= 3
+
+
+@ON_A_CPU
+def test_graphs_in_which_products_are_those_of_torch():
+    """What is not trained, other types, autocast, and modules with something around them."""
+    inputs = make_inputs("RNNForCausalLM")
+    model = make_model("RNNForCausalLM", dtype=torch.float32, tie_word_embeddings=False).train()
+    with torch.no_grad():
+        assert not products_in_graph(model, inputs)
+    assert not products_in_graph(make_model("RNNForCausalLM").train(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch._dynamo.reset()
+        targets = []
+        torch.compile(model, backend=lambda graph, _: targets.append(str(graph.graph)) or graph)(**inputs)
+        assert "large_linear" not in "".join(targets)
+    watched = copy.deepcopy(model)
+    watched.lm_head.register_forward_hook(lambda module, args, output: output + 1)
+    assert not products_in_graph(watched, inputs)
+    assert products_in_graph(model, inputs)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 3)], ids=str)
+def test_gradients_of_the_operator(shape):
+    """Of the first and the second order, of each argument alone."""
+    inputs, weight, bias = make_arguments(*shape)
+    assert torch.equal(linear_in_graph(inputs, weight, bias), F.linear(inputs, weight, bias))
+    for arguments in ((inputs, weight, bias), (inputs, weight)):
+        assert torch.autograd.gradcheck(linear_in_graph, arguments)
+        assert torch.autograd.gradgradcheck(linear_in_graph, arguments)
+        opcheck(large_linear_operator, (*arguments, None)[:3])
+        for index in range(len(arguments)):
+            leaves = [leaf.detach().requires_grad_(index == number) for number, leaf in enumerate(arguments)]
+            assert torch.autograd.gradcheck(linear_in_graph, leaves)

@@ -704,6 +704,8 @@ RUNNING = {
     "kept_for_texts",
     "large_products",
     "linear_calls",
+    "linear_modules",
+    "linear_operator",
     "packed_linear",
     "recorded_kernel",
     "recorded_loop",

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from hf_rnn import without_fast_paths
 from hf_rnn.attention import ATTENTION_SCORES, Attention
-from hf_rnn.large_products import apply_transposed
+from hf_rnn.linear_modules import apply_transposed
 from hf_rnn.shared_sources import SharedEncoderOutput
 from matrix import case_id, cases, make_inputs, make_mask, make_model
 
