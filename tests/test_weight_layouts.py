@@ -142,7 +142,8 @@ def test_without_the_private_operators(monkeypatch):
 def test_the_fastest(monkeypatch):
     """The first one, unless another is clearly faster."""
     now = [0.0]
-    monkeypatch.setattr(fast_paths.time, "perf_counter", lambda: now[0])
+    for clock in ("perf_counter", "thread_time"):
+        monkeypatch.setattr(fast_paths.time, clock, lambda: now[0])
 
     def taking(seconds):
         return lambda: now.__setitem__(0, now[0] + seconds)
