@@ -35,8 +35,7 @@ from .recurrent_padding import Padding
 
 # The parts that work at each position; all others come before the loop or behind it.
 _AT_EACH_POSITION = ("layers", "attention", "combine", "output_dropout")
-# Of what is set on modules. The backward computes everything again, with checkpoints or without; transformers notes
-# what it has initialised.
+# Of what is set on modules. With checkpoints the same is computed; transformers notes what it has initialised.
 _IGNORED = frozenset(["forward", "gradient_checkpointing", "_gradient_checkpointing_func", "_is_hf_initialized"])
 
 # The classes of decoders by their names. Each is made from a configuration, and has `layers`, `attention`,
@@ -172,8 +171,10 @@ def run_positions_opaquely(
         return decoder.run_positions(hidden_states, states, padding, memory, needs_state, recording)
     parts = [part for state in states for part in state]
     weights = [attrgetter(name)(decoder) for name in decoder._graph_weight_names()]
-    trains = is_trained([hidden_states, *parts, memory.keys, memory.values, *weights])
-    results = (_for_training if trains else recurrent_decoder)(
+    # With checkpoints nothing is to be kept.
+    keeps = not (decoder.gradient_checkpointing and decoder.training)
+    keeps = keeps and is_trained([hidden_states, *parts, memory.keys, memory.values, *weights])
+    results = (_for_training if keeps else recurrent_decoder)(
         hidden_states,
         parts,
         memory.keys,

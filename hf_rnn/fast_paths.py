@@ -32,7 +32,7 @@ FAST_PATHS = {
     "kept_for_texts": "in decoding, keys and values of a source made once for all steps of a text",
     "keys_for_plain_queries": "in single steps without gradients, the map of queries applied once, to the keys",
     "mapped_values": "in single steps without gradients, the map that reads the context applied once, to the values",
-    "kept_for_backward": "in compiled graphs on a CPU, layers not computed anew in the backward",
+    "kept_for_backward": "in compiled graphs on a CPU, layers and decoders not computed anew in the backward",
     "crf_products": "on a CPU the sums over paths of labels as products of matrices, where no number gets too small",
     "tanh_by_sigmoid": "on CPUs where it is the faster way, tanh of many numbers as 2 sigmoid(2x) - 1",
     "chunked_loss": "the cross-entropy of a vocabulary in pieces, without the logits of a whole batch in memory",

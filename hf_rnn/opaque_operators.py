@@ -1,5 +1,6 @@
 """What operators that hide a loop from a compiler have in common: what a graph knows of the module that they stand for,
-random numbers, and a backward that runs the loop again. Imports the derivatives of higher order.
+random numbers, and a backward, which runs the loop again or finds what the forward has kept. Imports the derivatives of
+higher order.
 """
 
 import contextlib
@@ -122,8 +123,8 @@ def register_gradient(
         number (`int`): How many of them, at the beginning, have gradients: tensors and lists of tensors.
 
     Returns:
-        The same operator for graphs that are trained: its forward keeps for the backward what autograd needs, where
-        [`_may_keep`] says so, so that nothing is computed again.
+        The same operator for graphs that are trained: its forward keeps for the backward what autograd saves of it,
+        where [`_may_keep`] says so, so that nothing is computed again.
     """
 
     def results_of(leaves: list[torch.Tensor], arguments: tuple) -> list[torch.Tensor]:
@@ -132,14 +133,15 @@ def register_gradient(
 
     def run_forward(*arguments) -> list[torch.Tensor]:
         leaves = _leaves(arguments[:number])
-        carrier = leaves[0].new_empty(1)
+        carrier = leaves[0].new_zeros(1)
         if not _may_keep(leaves):
             return [*operator(*arguments), carrier]
         # A graph may use the memory of its arguments for something else before their backward.
         arguments = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, arguments)
         leaves = [leaf.detach().requires_grad_() for leaf in _leaves(arguments[:number])]
         results = results_of(leaves, arguments)
-        if any(result.requires_grad for result in results):  # not within a mode that looks at what is called
+        # Autograd is out of reach within a mode that looks at what is called, as in the first run of every graph.
+        if any(result.requires_grad for result in results):
             carrier.kept = results, leaves
         return [*(result.detach().clone(memory_format=torch.contiguous_format) for result in results), carrier]
 
@@ -152,6 +154,8 @@ def register_gradient(
             leaves = [leaf.detach().requires_grad_() for leaf in _leaves(arguments[:number])]
             results = results_of(leaves, arguments)
         reached = [(result, gradient) for result, gradient in zip(results, grad_outputs) if result.requires_grad]
+        if not reached:  # by a cell that computes without gradients
+            return [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves]
         results, grad_outputs = zip(*reached)
         gradients = torch.autograd.grad(results, leaves, grad_outputs, materialize_grads=True)
         return [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients]
@@ -222,8 +226,20 @@ def _define(name: str, schema: str, run: Callable, fake: Callable):
 
 
 def _may_keep(leaves: list[torch.Tensor]) -> bool:
-    """Whether what autograd keeps of a forward may lie aside. On a GPU a graph may count what is in its memory."""
-    return may_take("kept_for_backward") and all(leaf.device.type == "cpu" for leaf in leaves)
+    """
+    Whether what autograd keeps of a forward may lie aside: not on a GPU, where a graph may count what is in its memory,
+    and not where somebody else decides what is kept, as in a checkpoint around a compiled model.
+    """
+    return (
+        may_take("kept_for_backward")
+        and all(leaf.device.type == "cpu" for leaf in leaves)
+        and _hooks_of_saved_tensors is not None
+        and _hooks_of_saved_tensors(True) is None
+    )
+
+
+# The hooks through which autograd puts what it saves; they have no public door.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")

@@ -5,6 +5,7 @@ operator that hides it there, and [`RecurrentLayer.step`] for decoders that feed
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +131,8 @@ class RecurrentLayer(GradientCheckpointingLayer):
         run = run_sequence
         if inputs.shape[1] > 1 and torch.compiler.is_compiling() and not needs_history:
             # A single step goes into a graph as it is; so do the states passed through, which nobody compiles.
-            run = run_sequence_opaquely
+            # A checkpoint wants nothing to be kept; a graph would run the forwards of all layers before any backward.
+            run = partial(run_sequence_opaquely, keeps=not (self.gradient_checkpointing and self.training))
         if needs_gates:
             run = run_with_gates
         elif run is run_sequence and not needs_history and self._takes_pieces(inputs, padding):

@@ -53,11 +53,13 @@ def run_sequence_opaquely(
     kept: Sequence[torch.Tensor] = (),
     needs_state: bool = True,
     needs_history: bool = False,
+    keeps: bool = True,
 ) -> tuple[torch.Tensor, State, None]:
     """
     [`run_sequence`] as one operator in the graph; `needs_history` must be False. Runs the loop in the graph where the
     operator would not do the same: the cell cannot be described, a step of it writes to its buffers, or a
-    transformation of functions is to go through it.
+    transformation of functions is to go through it. With `keeps` the forward may keep for the backward what it has
+    computed.
     """
     are_known = all([is_as_compared(cell, cell._graph_numbers(), cell._graph_others()) for cell in cells])  # noqa: C419
     descriptions = [cell._graph_description() for cell in cells]
@@ -74,7 +76,7 @@ def run_sequence_opaquely(
     mask = None if padding is None else padding.mask
     starts = padding.starts if isinstance(padding, PackedPadding) else None
     seed = draw_seed(cells[0]._graph_draws())
-    run = _for_training if is_trained([inputs, *state, *weights]) else recurrent_layer
+    run = _for_training if keeps and is_trained([inputs, *state, *weights]) else recurrent_layer
     outputs, *final = run(inputs, state, weights, kept, mask, descriptions[0], starts, seed)
     return outputs, tuple(final), None
 

@@ -6,11 +6,14 @@ import weakref
 import pytest
 import torch
 from torch.library import opcheck
+from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.checkpoint import checkpoint
 
-from hf_rnn import RECURRENT_CELLS, without_fast_paths
+from hf_rnn import RECURRENT_CELLS, opaque_operators, without_fast_paths
 from hf_rnn.decoder_operator import _Bare
 from hf_rnn.opaque_operators import NAMESPACE
+from hf_rnn.recurrent_cells import LSTMCell
 from hf_rnn.recurrent_layer import RecurrentLayer
 from hf_rnn.recurrent_operator import _Layer, recurrent_layer
 from matrix import ON_A_CPU, make_config, make_inputs, make_mask, make_model
@@ -106,6 +109,72 @@ def test_what_is_kept_goes_with_the_results(name, runs):
         del loss
         gc.collect()
         assert not any(reference() is not None for reference in runs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("with_checkpoints", [False, True], ids=["without", "with"])
+def test_nothing_is_kept_with_checkpoints(name, with_checkpoints, monkeypatch):
+    """Within a graph the forwards of all layers would be run before any of their backwards."""
+    model_name, options = MODELS[name]
+    model = make_model(model_name, **options).train()
+    if with_checkpoints:
+        model.gradient_checkpointing_enable()
+    kept, may_keep = [], opaque_operators._may_keep
+    monkeypatch.setattr(opaque_operators, "_may_keep", lambda leaves: kept.append(1) or may_keep(leaves))
+    torch.compile(model, fullgraph=True, backend="aot_eager")(**make_inputs(model_name)).loss.backward()
+    assert bool(kept) != with_checkpoints
+
+
+@pytest.mark.parametrize("name", ["lstm", "decoder"])
+def test_a_checkpoint_around_a_compiled_model(name, runs):
+    """It saves the same in the first run of a graph and when that is computed again: nothing within operators."""
+    model_name, options = MODELS[name]
+    model = make_model(model_name, **options | {"output_dropout": 0.0}).train()
+    compiled, inputs = torch.compile(model, backend="aot_eager"), make_inputs(model_name)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(**inputs).loss, parameters)
+    saved, numbers = [], []
+    for _ in range(3):
+        loss = checkpoint(lambda: compiled(**inputs).loss, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(loss, parameters), expected)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(1) or tensor, lambda tensor: tensor):
+            compiled(**inputs)
+        numbers.append(len(saved))
+    assert len(set(numbers)) == 1
+
+
+def test_a_cell_that_computes_without_gradients(monkeypatch):
+    """As a reservoir does: what goes in has no gradient, and its weights have none."""
+
+    class Reservoir(LSTMCell):
+        def step(self, projected, state, linear=F.linear):
+            with torch.no_grad():
+                return super().step(projected, state, linear)
+
+    monkeypatch.setitem(RECURRENT_CELLS, "reservoir", Reservoir)
+    model = make_model("RNNForCausalLM", cell_type="reservoir").train()
+    inputs = make_inputs("RNNForCausalLM")
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        for names in ([], ["kept_for_backward"]):
+            model.zero_grad()
+            with without_fast_paths("crf_products", *names):
+                run(**inputs).loss.backward()
+            assert all(
+                parameter.grad is None or not parameter.grad.any() for parameter in model.model.layers.parameters()
+            )
+            assert model.lm_head.weight.grad.any()
+
+
+def test_the_carrier_is_a_number(monkeypatch):
+    """Whoever looks for what is not a number finds nothing there."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        *_, carrier = OPERATORS.recurrent_layer_forward(*layer_arguments("lstm", False))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert carrier.isfinite().all()
 
 
 def plain_arguments(cell_type: str, bidirectional: bool) -> tuple:
