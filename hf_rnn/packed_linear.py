@@ -101,10 +101,10 @@ def packed_linear(
     """
     part = weight[:, first_column:] if first_column else weight
     takes_copy = (
-        is_large(inputs, weight)  # first of all, because small products take no longer than the rest
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and is_large(inputs, weight)  # early, because small products take no longer than the rest
+        and not torch.is_grad_enabled()
         and not transforms_are_active()
         # Neither what a parametrization computed nor what is sharded or quantised.
         and type(weight) is nn.Parameter

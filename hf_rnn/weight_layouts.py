@@ -53,7 +53,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
             generator = torch.Generator("cpu").manual_seed(0)
             weight, inputs = (torch.randn(rows, 64, generator=generator, device="cpu").to(dtype) for rows in (96, 16))
             actual, expected = multiply(inputs, pack(weight, ONEDNN)), F.linear(inputs, weight)
-            return (expected - actual).abs().max() <= (1e-3 if dtype == torch.float32 else 1.0)
+            return bool((expected - actual).abs().max() <= (1e-3 if dtype == torch.float32 else 1.0))
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hf_rnn import RECURRENT_CELLS, loop_only, packed_linear
+from hf_rnn import RECURRENT_CELLS, loop_only, packed_linear, weight_layouts
 from hf_rnn.large_products import large_linear
 from hf_rnn.recurrent_cache import cache_of
 from hf_rnn.step_linear import StepLinear
@@ -304,3 +304,21 @@ def test_features_of_one_source_with_other_weights():
         second = check()
         assert not torch.allclose(first, second)
         first = second
+
+
+@torch.no_grad()
+def test_graphs_of_single_steps_serve_any_number_of_rows(monkeypatch):
+    """No graph depends on whether a product is a large one."""
+    monkeypatch.setattr(weight_layouts, "LARGE", 5 * 6 * 24)
+    model = make_model(CAUSAL, torch.float32)
+    model.config.use_cache = False
+    dynamic = {"input_ids": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(model, (), {"input_ids": make_tokens(3, 1)}, dynamic_shapes=dynamic, strict=False)
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(1) or graph)
+    for rows in (3, 9, 2, 30):
+        tokens = make_tokens(rows, 1)
+        for run in (program.module(), compiled):
+            torch.testing.assert_close(run(input_ids=tokens).logits, model(tokens).logits)
+    assert len(graphs) == 1
