@@ -156,6 +156,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_number_of_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def derivatives_go_forward() -> bool:
@@ -166,6 +167,11 @@ def derivatives_go_forward() -> bool:
 def transforms_are_active() -> bool:
     """Whether a transformation of `torch.func` wraps what is computed, or derivatives go forward with it."""
     return _functorch_is_active() or derivatives_go_forward()
+
+
+def operations_are_watched() -> bool:
+    """Whether somebody (a tracer, a counter) sees every operation that is computed."""
+    return _number_of_modes() > 0
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

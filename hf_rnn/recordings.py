@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from .cuda_graphs import Recording, is_capturing
-from .fast_paths import autocast_dtype, current_backward, transforms_are_active
+from .fast_paths import autocast_dtype, current_backward, operations_are_watched, transforms_are_active
 from .higher_derivatives import gradients_with_graph
 
 
@@ -31,7 +31,6 @@ DEVICE_TYPE = "cuda"
 
 # They have no public doors. Where the first is missing, nothing is recorded.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
-_number_of_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
@@ -44,7 +43,7 @@ def may_play(inputs: torch.Tensor) -> bool:
         and not is_capturing(inputs.device.type)
         and not transforms_are_active()
         # Who looks at every operation would not see what is played.
-        and _number_of_modes() == 0
+        and not operations_are_watched()
         # Gradient checkpointing compares what is kept with what is kept when the same runs again.
         and _top_hooks(True) is None
     )

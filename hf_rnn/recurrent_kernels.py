@@ -12,7 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from .cell_functions import step_by_function
-from .fast_paths import are_plain, autocast_dtype, derivatives_go_forward, may_take, transforms_are_active
+from .fast_paths import (
+    are_plain,
+    autocast_dtype,
+    derivatives_go_forward,
+    may_take,
+    operations_are_watched,
+    transforms_are_active,
+)
 from .hyperbolic_tangent import tanh
 from .large_products import large_linear
 from .linear_calls import project_inputs
@@ -49,12 +56,7 @@ class _InOnePiece(torch.autograd.Function):
 
 def _in_one_piece(inputs: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """The weights as cuDNN reads them fastest; under autocast torch does that in any case."""
-    if (
-        inputs.device.type != "cuda"
-        or torch.is_autocast_enabled("cuda")
-        or transforms_are_active()
-        or not are_plain(*weights)
-    ):
+    if inputs.device.type != "cuda" or torch.is_autocast_enabled("cuda") or not are_plain(*weights):
         return weights
     return list(_InOnePiece.apply(*weights))
 
@@ -396,6 +398,9 @@ def takes_torch_kernel(cell: RecurrentCell, inputs: torch.Tensor, kept: Sequence
     if cell.torch_kernel == "lstm" and inputs.device.type == "cpu" and autocast_dtype("cpu") == torch.float16:
         return False
     if derivatives_go_forward():  # of which kernels know nothing
+        return False
+    # cuDNN goes by the memory of weights, which nothing that wraps or traces them has.
+    if inputs.device.type == "cuda" and (transforms_are_active() or operations_are_watched()):
         return False
     # For a single step the kernel would spend its time on setting itself up.
     return inputs.shape[0] > 0 and inputs.shape[1] > 1

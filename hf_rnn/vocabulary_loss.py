@@ -148,20 +148,19 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, nee
         """What some rows add; whatever has the size of their logits is gone afterwards."""
         features, row_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
         ignored = None if is_label is None else ~is_label[rows].unsqueeze(-1)
-        logits = large_linear(features, narrow_weight, narrow_bias).to(wide)
-        losses, probabilities = _losses_and_probabilities(logits, row_labels)
+        if ignored is not None:  # of zeros, whatever is there
+            features = features.masked_fill(ignored, 0)
+        logits = large_linear(features, narrow_weight, narrow_bias)
+        losses, grad_logits = _losses_and_gradient(logits, row_labels, any(needs_gradient))
         total.add_((losses if ignored is None else losses.masked_fill(ignored, 0)).sum())
-        if not any(needs_gradient):
-            return
-        of_label = torch.full_like(losses, -1)
-        if ignored is not None:
-            probabilities, of_label = probabilities.masked_fill_(ignored, 0), of_label.masked_fill(ignored, 0)
-        grad_logits = probabilities.scatter_add_(-1, row_labels, of_label)
-        if grad_bias is not None:
-            grad_bias.add_(grad_logits.sum(dim=0))
-        grad_logits = grad_logits.to(dtype)
+        if grad_bias is not None and ignored is None:
+            grad_bias.add_(grad_logits.sum(dim=0, dtype=wide))
+        elif grad_bias is not None:
+            grad_bias.add_(grad_logits.t().mv(is_label[rows].to(grad_logits.dtype)))
+        grad_logits = None if grad_logits is None else grad_logits.to(dtype)
         if grad_hidden is not None:
-            grad_hidden[rows] = large_linear(grad_logits, narrow_weight.t())
+            of_rows = large_linear(grad_logits, narrow_weight.t())
+            grad_hidden[rows] = of_rows if ignored is None else of_rows.masked_fill_(ignored, 0)
         if grad_weight is not None:
             _add_of_weight(grad_weight, grad_logits, features)
 
@@ -170,19 +169,29 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, nee
     return total, (grad_hidden, grad_weight, grad_bias)
 
 
-def _losses_and_probabilities(logits, labels):
+def _losses_and_gradient(logits, labels, needs_gradient):
     """
-    The losses `[rows, 1]` of labels `[rows, 1]` and the probabilities `[rows, vocab_size]`, which on a CPU take the
-    memory of the logits.
+    The losses `[rows, 1]` of labels `[rows, 1]`, in float32 or wider, and the gradient of their sum with respect to
+    `logits` `[rows, vocab_size]`, in whose memory it is made where that is wide enough; None where it is not needed. On
+    a CPU it is as wide as the losses; elsewhere, where memory is what takes the time, as narrow as the logits.
     """
-    if not is_on_cpu(logits):
-        log_probabilities = torch.log_softmax(logits, dim=-1)
-        return -log_probabilities.gather(-1, labels), log_probabilities.exp_()
-    highest = logits.amax(dim=-1, keepdim=True)
-    of_labels = logits.gather(-1, labels)
-    exponentials = logits.sub_(highest).exp_()
-    sums = exponentials.sum(dim=-1, keepdim=True)
-    return sums.log() + highest - of_labels, exponentials.div_(sums)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if is_on_cpu(logits):
+        wide_logits = logits.to(wide)
+        highest = wide_logits.amax(dim=-1, keepdim=True)
+        of_labels = wide_logits.gather(-1, labels)
+        exponentials = wide_logits.sub_(highest).exp_()
+        sums = exponentials.sum(dim=-1, keepdim=True)
+        losses = sums.log() + (highest - of_labels)
+        gradient = exponentials.div_(sums) if needs_gradient else None
+    else:
+        log_probabilities = torch.log_softmax(logits, dim=-1, dtype=wide)
+        losses = -log_probabilities.gather(-1, labels)
+        gradient = torch.exp(log_probabilities, out=logits) if needs_gradient else None
+    if needs_gradient:
+        # Not `probability - 1` of a probability that is rounded to few bits already.
+        gradient.scatter_(-1, labels, torch.expm1(-losses).to(gradient.dtype))
+    return losses, gradient
 
 
 def _add_of_weight(total, grad_logits, features):

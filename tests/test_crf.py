@@ -27,7 +27,7 @@ from hf_rnn.crf import LinearChainCRF
 from hf_rnn.crf_operators import chain_best_paths, chain_sums, chain_sums_backward
 from hf_rnn.label_schemes import forbidden_steps
 from hf_rnn.training import ids_without_label
-from matrix import INTENTS, SPANS, make_inputs, make_intents, make_mask, make_model, make_tokens
+from matrix import INTENTS, ON_A_CPU, SPANS, make_inputs, make_intents, make_mask, make_model, make_tokens
 from reference import all_paths
 from test_compile import compare, fresh_compiler, random_mask  # noqa: F401
 from test_export import UNSEEN_SIZES, as_numpy, needs_onnx, ragged_mask
@@ -699,6 +699,7 @@ def test_compiled_by_the_default_compiler():
             compare(model, compiled, inputs | {"attention_mask": random_mask(batch, seq)})
 
 
+@ON_A_CPU
 @pytest.mark.parametrize(
     "options", [WITH_CRF, JOINT, WITH_CRF | {"crf_ignored_ids": [4, 7, 9]}], ids=["crf", "joint", "ignored"]
 )
@@ -716,6 +717,7 @@ def test_exported_program(options):
             torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5)
 
 
+@ON_A_CPU
 @pytest.mark.parametrize(
     "options",
     [JOINT | {"crf_ignored_ids": [4, 7, 9]}, pytest.param({"use_crf": True}, marks=pytest.mark.slow)],
@@ -881,6 +883,7 @@ def test_trainer_asks_for_labels_alone():
     assert find_labels(RNNForTokenClassification) == ["labels"]
 
 
+@ON_A_CPU
 @pytest.mark.parametrize("options", [WITH_CRF, INTENTS, {}], ids=["chain", "intents", "neither"])
 def test_smoothed_labels_are_warned_of(options, tmp_path, monkeypatch):
     """Trainer takes the labels that it smooths away from the model, and smooths those of single tokens."""
@@ -900,6 +903,7 @@ def test_smoothed_labels_are_warned_of(options, tmp_path, monkeypatch):
     assert all("`label_smoothing_factor`" in message for message in seen)
 
 
+@ON_A_CPU
 @pytest.mark.parametrize("accumulated", [1, 4])
 def test_training_learns_the_chain(accumulated, tmp_path):
     """Labels that only their order tells: of two equal tokens the first is B, the second I."""

@@ -5,15 +5,18 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_rnn import RECURRENT_CELLS, loop_only, packed_linear, weight_layouts
 from hf_rnn.large_products import large_linear
 from hf_rnn.recurrent_cache import cache_of
+from hf_rnn.recurrent_kernels import takes_torch_kernel
 from hf_rnn.step_linear import StepLinear
 from matrix import DECODERS, case_id, make_inputs, make_model, make_tokens
 
@@ -322,3 +325,22 @@ def test_graphs_of_single_steps_serve_any_number_of_rows(monkeypatch):
         for run in (program.module(), compiled):
             torch.testing.assert_close(run(input_ids=tokens).logits, model(tokens).logits)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_where_operations_are_seen_or_transformed(device):
+    """cuDNN takes weights by their memory, which is not there to be had; torch's kernel on a CPU sees numbers alone."""
+    cell = make_model("RNNModel").layers[0].cell
+    with FakeTensorMode():
+        inputs = torch.empty(2, 3, 5, device=device)
+    asked = []
+
+    def ask(number):
+        asked.append(takes_torch_kernel(cell, inputs, (), False))
+        return number
+
+    ask(0.0)
+    with FlopCounterMode(display=False):
+        ask(0.0)
+    torch.func.grad(ask)(torch.tensor(0.0))
+    assert asked == [True, device == "cpu", device == "cpu"]

@@ -11,7 +11,7 @@ from hf_rnn import RECURRENT_CELLS, loop_only
 from hf_rnn.packed_sequences import PackedPadding
 from hf_rnn.recurrent_layer import RecurrentLayer
 from hf_rnn.recurrent_operator import recurrent_layer
-from matrix import PAD, make_config, make_inputs, make_model, make_tokens
+from matrix import ON_A_CPU, PAD, make_config, make_inputs, make_model, make_tokens
 
 
 # Lengths of the texts in two rows, and the tokens (1) and padding (0) of these rows where there is a mask: at both
@@ -327,6 +327,7 @@ def pad(features: list[dict]) -> dict:
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
+@ON_A_CPU
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_flattening_collator(tmp_path, accumulated):
     """Training and evaluation without padding are those with padding."""

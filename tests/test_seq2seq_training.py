@@ -9,7 +9,7 @@ from transformers import AutoConfig, DataCollatorForSeq2Seq, Trainer, TrainingAr
 
 from clients import make_tokenizer
 from hf_rnn.training import AlignmentCollator, ScheduledSampling, read_alignment
-from matrix import DECODERS, MODEL_CLASSES, make_config, make_inputs, make_mask, make_model
+from matrix import DECODERS, MODEL_CLASSES, ON_A_CPU, make_config, make_inputs, make_mask, make_model
 
 
 NAME = "RNNSeq2SeqForConditionalGeneration"
@@ -190,6 +190,7 @@ def test_mistakes_in_a_schedule():
             ScheduledSampling(**given)
 
 
+@ON_A_CPU
 def test_the_schedule_is_saved_and_resumed(tmp_path):
     """The same weights with an interruption as without, and the rate of the last step in the saved configuration."""
     batch = make_batch()
@@ -251,6 +252,7 @@ def test_alignments_in_batches(padding_side):
     assert "alignments" in examples[0]  # nobody took them away
 
 
+@ON_A_CPU
 def test_training_with_alignments(tmp_path):
     """Attention learns to look where it is told to, by the stock Trainer."""
     examples = [{"input_ids": [5, 6, 7, 4], "labels": [8, 9, 7, 2], "alignments": "3-0 2-1 1-2 0-3"}] * 8

@@ -156,6 +156,32 @@ def test_far_logits():
     assert actual[0] > 1000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("place")
+def test_what_is_nearly_certain(dtype):
+    """The probability of a label is one but for a thousandth, which is less than a narrow type shows beside one."""
+    hidden_states = torch.eye(4, dtype=dtype).mul(8).requires_grad_()
+    weight, labels = torch.eye(4, dtype=dtype).requires_grad_(), torch.arange(4)
+    loss, gradients = with_gradients(linear_cross_entropy, (hidden_states, weight, None, labels))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight)]
+    exact_loss, exact = with_gradients(plain_cross_entropy, (*wide, None, labels))
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-3, atol=0)
+    for actual, expected in zip(gradients, exact):
+        assert (actual - expected).norm() <= max(torch.finfo(dtype).eps, 1e-3) * expected.norm()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.usefixtures("chunks", "place")
+def test_what_lies_where_nothing_is_to_predict(bias, number):
+    """Numbers that are none do not get into anything but themselves."""
+    arguments = make_arguments(bias=bias)
+    expected = with_gradients(linear_cross_entropy, arguments)
+    with torch.no_grad():
+        arguments[0][arguments[-1] == -100] = number
+    torch.testing.assert_close(with_gradients(linear_cross_entropy, arguments), expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 def test_computes_only_what_needs_a_gradient(frozen, monkeypatch):
     arguments = make_arguments()
