@@ -11,8 +11,9 @@ from .large_products import large_linear, takes_onednn
 
 
 # A chunk of logits holds as many numbers as the weight (whose gradient needs that memory anyway), but at least these;
-# elsewhere than on a CPU, where starting the work on a chunk takes longer than the work, at least those.
-MIN_CHUNK_SIZE, MIN_CHUNK_SIZE_ELSEWHERE = 2**22, 2**24
+# elsewhere than on a CPU, where starting the work on a chunk may take longer than the work, at least those, and there
+# are no more chunks than that.
+MIN_CHUNK_SIZE, MIN_CHUNK_SIZE_ELSEWHERE, MOST_CHUNKS_ELSEWHERE = 2**22, 2**24, 32
 # Words whose gradients oneDNN makes at a time, because it cannot add to what is there.
 WORDS_AT_ONCE = 1024
 
@@ -29,7 +30,8 @@ def chunk_length(num_rows: int, weight: torch.Tensor) -> int:
     """How many rows of logits to compute at a time, such that the chunks of `num_rows` rows are about equal."""
     smallest = MIN_CHUNK_SIZE if is_on_cpu(weight) else MIN_CHUNK_SIZE_ELSEWHERE
     longest = max(1, max(weight.numel(), smallest) // weight.shape[0])
-    return math.ceil(num_rows / max(1, math.ceil(num_rows / longest)))
+    number = max(1, math.ceil(num_rows / longest))
+    return math.ceil(num_rows / (number if is_on_cpu(weight) else min(number, MOST_CHUNKS_ELSEWHERE)))
 
 
 def pays(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -143,37 +145,41 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, nee
     grad_bias = torch.zeros_like(bias, dtype=wide) if needs_gradient[2] else None
     narrow_weight = weight.to(dtype)
     narrow_bias = None if bias is None else bias.to(dtype)
+    labels = labels.unsqueeze(-1)
+    ignored = None if is_label is None else ~is_label.unsqueeze(-1)
 
     def add_rows(rows: slice) -> None:
         """What some rows add; whatever has the size of their logits is gone afterwards."""
-        features, row_labels = hidden_states[rows].to(dtype), labels[rows].unsqueeze(-1)
-        ignored = None if is_label is None else ~is_label[rows].unsqueeze(-1)
+        features = hidden_states[rows].to(dtype)
         if ignored is not None:  # of zeros, whatever is there
-            features = features.masked_fill(ignored, 0)
+            features = features.masked_fill(ignored[rows], 0)
         logits = large_linear(features, narrow_weight, narrow_bias)
-        losses, grad_logits = _losses_and_gradient(logits, row_labels, any(needs_gradient))
-        total.add_((losses if ignored is None else losses.masked_fill(ignored, 0)).sum())
-        if grad_bias is not None and ignored is None:
-            grad_bias.add_(grad_logits.sum(dim=0, dtype=wide))
+        losses, grad_logits = _losses_and_gradient(logits, labels[rows], any(needs_gradient))
+        total.add_((losses if ignored is None else losses.masked_fill(ignored[rows], 0)).sum())
+        if grad_logits is None:
+            return
+        if grad_bias is not None and is_label is None:
+            grad_bias.add_(grad_logits.sum(dim=0))
         elif grad_bias is not None:
             grad_bias.add_(grad_logits.t().mv(is_label[rows].to(grad_logits.dtype)))
-        grad_logits = None if grad_logits is None else grad_logits.to(dtype)
+        grad_logits = grad_logits.to(dtype)
         if grad_hidden is not None:
-            of_rows = large_linear(grad_logits, narrow_weight.t())
-            grad_hidden[rows] = of_rows if ignored is None else of_rows.masked_fill_(ignored, 0)
+            grad_hidden[rows] = large_linear(grad_logits, narrow_weight.t())
         if grad_weight is not None:
             _add_of_weight(grad_weight, grad_logits, features)
 
     for start in range(0, num_rows, max(1, step)):
         add_rows(slice(start, start + step))
+    if grad_hidden is not None and ignored is not None:
+        grad_hidden.masked_fill_(ignored, 0)
     return total, (grad_hidden, grad_weight, grad_bias)
 
 
 def _losses_and_gradient(logits, labels, needs_gradient):
     """
     The losses `[rows, 1]` of labels `[rows, 1]`, in float32 or wider, and the gradient of their sum with respect to
-    `logits` `[rows, vocab_size]`, in whose memory it is made where that is wide enough; None where it is not needed. On
-    a CPU it is as wide as the losses; elsewhere, where memory is what takes the time, as narrow as the logits.
+    `logits` `[rows, vocab_size]`, None where it is not needed. On a CPU it is as wide as the losses; elsewhere, where
+    the way to the memory is what takes the time, it is as narrow as the logits and lies where they were.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     if is_on_cpu(logits):

@@ -241,16 +241,26 @@ def test_refusals():
         torch.autograd.grad(linear_cross_entropy(hidden_states, weight, bias, labels), weight, create_graph=True)
 
 
-@pytest.mark.parametrize(("device", "smallest"), [("cpu", "MIN_CHUNK_SIZE"), ("meta", "MIN_CHUNK_SIZE_ELSEWHERE")])
-def test_lengths_of_chunks(device, smallest):
-    """Chunks together hold every row, are about equal, and are no larger than the weight or a few megabytes."""
+@pytest.mark.parametrize(
+    ("device", "smallest", "most"),
+    [("cpu", "MIN_CHUNK_SIZE", None), ("meta", "MIN_CHUNK_SIZE_ELSEWHERE", vocabulary_loss.MOST_CHUNKS_ELSEWHERE)],
+)
+def test_lengths_of_chunks(device, smallest, most):
+    """
+    Chunks together hold every row, are about equal, and no larger than the weight or a few megabytes; on a GPU larger
+    where there were too many.
+    """
     for vocab_size, size in [(29, 5), (8_000, 512), (32_000, 512), (250_000, 16), (10_000_000, 1)]:
         weight = torch.empty(vocab_size, size, device=device)
         for num_rows in (1, 7, 1599, 1600, 100_000):
             length = chunk_length(num_rows, weight)
             number = -(-num_rows // length)
             assert 1 <= length <= num_rows
-            assert length * vocab_size <= max(weight.numel(), getattr(vocabulary_loss, smallest), vocab_size)
+            largest = max(weight.numel(), getattr(vocabulary_loss, smallest), vocab_size)
+            if most is None or num_rows * vocab_size <= most * largest:
+                assert length * vocab_size <= largest
+            else:
+                assert length == -(-num_rows // most)
             assert number * length - num_rows < number
 
 
