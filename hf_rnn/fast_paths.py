@@ -146,7 +146,8 @@ def may_measure() -> bool:
 
 def are_plain(*tensors: torch.Tensor) -> bool:
     """Whether tensors are nothing but tensors: neither sharded, quantised nor wrapped otherwise."""
-    return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+    # A list, into which compilers can look.
+    return all([type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors])  # noqa: C419
 
 
 def is_watched(module: nn.Module) -> bool:

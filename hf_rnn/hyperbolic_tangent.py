@@ -7,9 +7,8 @@ torch computes by itself, is several times as fast.
 import functools
 
 import torch
-from torch import nn
 
-from .fast_paths import is_faster, may_measure, may_take, transforms_are_active
+from .fast_paths import are_plain, is_faster, may_measure, may_take, transforms_are_active
 
 
 # Fewer numbers are not worth four operations in place of one.
@@ -45,7 +44,7 @@ def _takes_sigmoid(inputs: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and inputs.numel() >= FEWEST
         and inputs.device.type == "cpu"
-        and type(inputs) in (torch.Tensor, nn.Parameter)
+        and are_plain(inputs)
         and may_take("tanh_by_sigmoid")
         and not transforms_are_active()
         and may_measure()

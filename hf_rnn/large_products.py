@@ -7,10 +7,9 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from .fast_paths import is_faster, may_measure, may_take, transforms_are_active
+from .fast_paths import are_plain, is_faster, may_measure, may_take, transforms_are_active
 from .weight_layouts import by_onednn, can_pack, has_onednn
 
 
@@ -41,8 +40,7 @@ def takes_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         # Neither what is sharded or quantised, nor what a transformation of functions wraps.
-        and type(inputs) in (torch.Tensor, nn.Parameter)
-        and type(weight) in (torch.Tensor, nn.Parameter)
+        and are_plain(inputs, weight)
         and not transforms_are_active()
         and inputs.dtype == torch.float32
         and may_take("large_products")

@@ -3,8 +3,8 @@ library that torch takes. Imports the products and what is known of graphs.
 """
 
 import torch
-from torch import nn
 
+from .fast_paths import are_plain
 from .large_products import large_linear, linear_gradients
 from .opaque_operators import NAMESPACE, is_trained, is_transformed
 
@@ -41,8 +41,7 @@ def takes_operator(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     tensors = [inputs, weight] if bias is None else [inputs, weight, bias]
     return (
         inputs.device.type == "cpu"
-        # Neither what is sharded nor what is quantised.
-        and all([type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors])  # noqa: C419
+        and are_plain(*tensors)
         and all([tensor.dtype == torch.float32 for tensor in tensors])  # noqa: C419
         and not torch.is_autocast_enabled("cpu")
         and is_trained(tensors)

@@ -9,13 +9,12 @@ operation of a step finds its numbers in the caches of the processor, one over a
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn import functional as F
 
 from .fast_paths import may_take, transforms_are_active
 from .higher_derivatives import gradients_with_graph
 from .hyperbolic_tangent import tanh_
 from .large_products import large_linear, linear_gradients
-from .weight_layouts import PLAIN, layout_for, multiply, pack
+from .weight_layouts import PLAIN, in_fastest_layout, layout_for, multiply
 
 
 tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
@@ -35,10 +34,7 @@ def _in_order(steps: list, reverse: bool) -> list:
 
 def _linear_with(weight: torch.Tensor, inputs: torch.Tensor) -> Callable:
     """`F.linear` of many inputs like these with one weight, in the layout that is the fastest."""
-    layout = layout_for(inputs, weight)
-    if layout == PLAIN:
-        return lambda inputs, bias=None: F.linear(inputs, weight, bias)
-    packed = pack(weight, layout)
+    packed = in_fastest_layout(inputs, weight)
     return lambda inputs, bias=None: multiply(inputs, packed, bias)
 
 

@@ -15,13 +15,7 @@ from torch.nn import functional as F
 from .fast_paths import autocast_dtype, current_backward, may_take, transforms_are_active
 from .large_products import weight_gradient
 from .recurrent_cells import Linear
-from .weight_layouts import PLAIN, can_pack, is_large, layout_for, multiply, pack
-
-
-def _in_fastest_layout(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What stands for `weight` in products with `inputs`, and others of as many rows."""
-    layout = layout_for(inputs, weight)
-    return weight if layout == PLAIN else pack(weight, layout)
+from .weight_layouts import can_pack, in_fastest_layout, is_large, multiply
 
 
 class _Weights:
@@ -33,7 +27,7 @@ class _Weights:
     def __init__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         self.weight, self.version = weight, weight._version
         self.source = weight.detach().to(inputs.dtype)
-        self.packed = _in_fastest_layout(inputs, self.source)
+        self.packed = in_fastest_layout(inputs, self.source)
         self.bias = None if bias is None else bias.detach().to(inputs.dtype)
         self._transposed: torch.Tensor | None = None
         self.backward: int | None = None
@@ -62,7 +56,7 @@ class _Weights:
             raise RuntimeError("A weight was modified in place between a forward and its backward.")
         if not torch.is_grad_enabled():
             if self._transposed is None:
-                self._transposed = _in_fastest_layout(gradient, self.source.t())
+                self._transposed = in_fastest_layout(gradient, self.source.t())
             return multiply(gradient, self._transposed)
         # Second derivatives are asked for, which need the weight itself.
         return F.linear(gradient, self.weight.to(gradient.dtype).t())

@@ -41,7 +41,7 @@ def by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def multiply(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` with the weight that was packed, without a gradient."""
+    """`F.linear` with a weight as it is or packed, the latter without a gradient."""
     return (by_onednn if packed.is_mkldnn else F.linear)(inputs, packed, bias)
 
 
@@ -89,6 +89,12 @@ def layout_for(inputs: torch.Tensor, weight: torch.Tensor) -> str:
     if layout is None:
         layout = _layouts[key] = _measured_layout(rows, weight)
     return layout
+
+
+def in_fastest_layout(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What stands for a weight in [`multiply`] with `inputs` and others of as many rows: a copy, or the weight."""
+    layout = layout_for(inputs, weight)
+    return weight if layout == PLAIN else pack(weight, layout)
 
 
 def _measured_layout(rows: int, weight: torch.Tensor) -> str:

@@ -55,7 +55,7 @@ def packed(monkeypatch):
         calls.append(tuple(weight.shape))
         return weight.detach().clone()
 
-    for module in (packed_linear, step_linear_module, sequence_functions):
+    for module in (weight_layouts, packed_linear, step_linear_module, sequence_functions):
         for name, stand_in in {
             "pack": pack,
             "multiply": F.linear,
@@ -374,7 +374,7 @@ def test_derivatives_of_sequence_functions(packed, kernel):
 @FUNCTIONS
 def test_sequence_functions_of_small_products(monkeypatch, kernel):
     """Where no product is worth another layout, nothing is packed; a backward under autocast is that without."""
-    monkeypatch.setattr(sequence_functions, "pack", None)
+    monkeypatch.setattr(weight_layouts, "pack", None)
     cell = RECURRENT_CELLS[kernel](5, 6)
     for parameter in cell.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_rnn.recurrent_cache import cache_of, cache_output
-from hf_rnn.weight_layouts import PLAIN, layout_for, multiply, pack
+from hf_rnn.weight_layouts import in_fastest_layout, multiply
 
 from .harness import (
     Measurement,
@@ -230,12 +230,10 @@ def library_overhead(settings: Settings) -> Measurement:
     token = torch.full((1, 1), 3, device=settings.device)
     cells = [layer.cell for layer in model.model.layers]
     weights = [*(weight for cell in cells for weight in (cell.weight_ih, cell.weight_hh)), model.lm_head.weight]
-    layouts = {weight: layout_for(weight[:1], weight) for weight in weights}
-    packed = {id(weight): pack(weight, layout) for weight, layout in layouts.items() if layout != PLAIN}
+    packed = {id(weight): in_fastest_layout(weight[:1], weight) for weight in weights}
 
     def linear(inputs, weight, bias):
-        copy = packed.get(id(weight))
-        return F.linear(inputs, weight, bias) if copy is None else multiply(inputs, copy, bias)
+        return multiply(inputs, packed[id(weight)], bias)
 
     @torch.no_grad()
     def whole(state):

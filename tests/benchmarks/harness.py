@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_rnn.large_products import onednn_pays
-from hf_rnn.weight_layouts import PLAIN, by_onednn, layout_for, multiply, pack
+from hf_rnn.weight_layouts import by_onednn, in_fastest_layout, multiply
 
 
 class Settings(NamedTuple):
@@ -275,9 +275,9 @@ def _product(rows: int, width_in: int, width_out: int, settings: Settings, dtype
     weight = torch.randn(width_out, width_in, device=settings.device).to(dtype)
     if settings.device != "cpu":
         return partial(F.linear, inputs, weight)
-    layout = layout_for(inputs, weight)
-    if layout != PLAIN:
-        return partial(multiply, inputs, pack(weight, layout))
+    packed = in_fastest_layout(inputs, weight)
+    if packed is not weight:
+        return partial(multiply, inputs, packed)
     takes_onednn = dtype == torch.float32 and onednn_pays(settings.threads)
     return partial(by_onednn if takes_onednn else F.linear, inputs, weight)
 
