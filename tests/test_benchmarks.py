@@ -54,6 +54,19 @@ def test_lines_belong_to_groups_in_order():
         main(["--only", "no-such-line"])
 
 
+def test_where_the_time_goes(tmp_path):
+    """A file for each line, and not that of an earlier run."""
+    for _ in range(2):
+        main(["--quick", "--rounds", "1", "--only", "gru-256", "step-1", "--profile", str(tmp_path / "profiles")])
+    assert {path.name for path in (tmp_path / "profiles").iterdir()} == {"gru-256.txt", "step-1.txt"}
+    text = (tmp_path / "profiles" / "gru-256.txt").read_text()
+    baseline, ours = text.split("ours: operations")
+    for part, function in ((baseline, "torch.gru"), (ours, "modeling_rnn.py")):
+        assert "aten::" in part
+        assert part.count("functions of Python") == 1
+        assert function in part
+
+
 def line_of(result, goal=0.5, unit=""):
     def run(settings):
         if isinstance(result, Exception):

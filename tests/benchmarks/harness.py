@@ -8,9 +8,12 @@ A benchmark is a function of [`Settings`] that returns a [`Measurement`], with a
         return measure(settings, baseline=..., ours=..., floor=...)
 """
 
+import cProfile
 import gc
+import io
 import math
 import os
+import pstats
 import random
 import statistics
 import subprocess
@@ -29,12 +32,16 @@ from hf_rnn.weight_layouts import by_onednn, in_fastest_layout, multiply
 
 
 class Settings(NamedTuple):
-    """How to run the benchmarks. With `quick` sizes are tiny: it shows that they work, and nothing else."""
+    """
+    How to run the benchmarks. With `quick` sizes are tiny: it shows that they work, and nothing else. With `profiles`,
+    a folder (within a line its file), [`profile`] writes where the time goes.
+    """
 
     threads: int = 1
     rounds: int = 9
     device: str = "cpu"
     quick: bool = False
+    profiles: str | None = None
 
     def size(self, full, quick):
         """A size, a number of steps or a tuple of them."""
@@ -168,6 +175,9 @@ def measure(
     """The ratios of `ours` to `baseline` in each round, and of `floor` to `baseline`."""
     variants = {"baseline": baseline, "ours": ours} | ({} if floor is None else {"floor": floor})
     times = interleave(variants, settings, rounds)
+    if settings.profiles is not None:
+        for name in ("baseline", "ours"):
+            profile(name, variants[name], settings)
     ratios = {
         name: [time / of_baseline for time, of_baseline in zip(times[name], times["baseline"])] for name in variants
     }
@@ -177,6 +187,25 @@ def measure(
         None if floor is None else statistics.median(ratios["floor"]),
         f"{milliseconds['ours']:.3g} of {milliseconds['baseline']:.3g} ms",
     )
+
+
+def profile(name: str, function: Callable[[], object], settings: Settings) -> None:
+    """
+    Where the time of a function goes, behind what is in the file `settings.profiles`: the operations of torch and, on a
+    GPU, its kernels; and the functions of Python. What looks on takes time itself: that of small operations and
+    functions most of all.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if settings.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as operations:
+        seconds(function, settings)
+    functions, lines = cProfile.Profile(), io.StringIO()
+    functions.runcall(seconds, function, settings)
+    pstats.Stats(functions, stream=lines).sort_stats("tottime").print_stats(30)
+    table = operations.key_averages().table(sort_by=f"self_{settings.device}_time_total", row_limit=30)
+    with open(settings.profiles, "a") as file:
+        file.write(f"{name}: operations\n{table}\n{name}: functions of Python{lines.getvalue()}\n")
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
@@ -353,8 +382,13 @@ def run_all(lines: Iterable[Benchmark], settings: Settings) -> Iterable[list[str
     for line in lines:
         torch.manual_seed(0)
         random.seed(0)
+        here = settings
+        if settings.profiles is not None:
+            file = Path(settings.profiles, f"{line.name}.txt")
+            file.unlink(missing_ok=True)  # of an earlier run
+            here = settings._replace(profiles=str(file))
         try:
-            result = line.run(settings)
+            result = line.run(here)
         except Skipped as reason:
             result = reason
         except Exception as error:

@@ -2,7 +2,7 @@
 Prints the table of benchmarks, line by line; where a goal is missed, the line says `falls short`.
 
 Usage: python tests/benchmarks/run.py [--only NAME ...] [--threads N] [--rounds N] [--device cpu|cuda]
-                                      [--markdown FILE] [--quick] [--list]
+                                      [--markdown FILE] [--profile FOLDER] [--quick] [--list]
 """
 
 import argparse
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to a file")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also write to it where the time of lines goes")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, which show nothing but that all of it works")
     parser.add_argument("--list", action="store_true", help="print the names of groups and lines")
     options = parser.parse_args(arguments)
@@ -79,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     torch.set_num_threads(options.threads)
     settings = Settings(options.threads, options.rounds, options.device, options.quick)
+    if options.profile is not None:
+        options.profile.mkdir(parents=True, exist_ok=True)
+        settings = settings._replace(profiles=str(options.profile))
     table = [heading(settings), "", markdown_line(COLUMNS), markdown_line(["---"] * len(COLUMNS))]
     print("\n".join(table), flush=True)
     failed = False
