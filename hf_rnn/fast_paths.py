@@ -175,6 +175,30 @@ def operations_are_watched() -> bool:
     return _number_of_modes() > 0
 
 
+# The hooks through which autograd puts what it saves. Where there is no such door, somebody may be behind it.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def saved_tensors_are_watched() -> bool:
+    """Whether somebody sees what autograd saves (gradient checkpointing, offloading), or may see it."""
+    return _top_hooks(True) is not None
+
+
+def asks_for_numbers(*gradients: torch.Tensor) -> bool:
+    """
+    Whether a backward that was given these gradients is asked for numbers alone: neither for a graph of them, nor for
+    many at once, nor wrapped in a transformation.
+    """
+    return not (torch.is_grad_enabled() or transforms_are_active() or any(map(_is_batched, gradients)))
+
+
+def graph_is_freed() -> bool:
+    """Whether the backward that is running frees its graph, so that nobody can ask it again."""
+    return not _graph_is_kept()
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The type to which autocast brings products on a device, None where it is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .fast_paths import may_take, transforms_are_active
+from .fast_paths import may_take, saved_tensors_are_watched, transforms_are_active
 from .higher_derivatives import gradients_with_graph
 
 
@@ -233,13 +233,8 @@ def _may_keep(leaves: list[torch.Tensor]) -> bool:
     return (
         may_take("kept_for_backward")
         and all(leaf.device.type == "cpu" for leaf in leaves)
-        and _hooks_of_saved_tensors is not None
-        and _hooks_of_saved_tensors(True) is None
+        and not saved_tensors_are_watched()
     )
-
-
-# The hooks through which autograd puts what it saves; they have no public door.
-_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")

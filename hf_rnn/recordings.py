@@ -16,7 +16,14 @@ from typing import TypeVar
 import torch
 
 from .cuda_graphs import Recording, is_capturing
-from .fast_paths import autocast_dtype, current_backward, operations_are_watched, transforms_are_active
+from .fast_paths import (
+    asks_for_numbers,
+    autocast_dtype,
+    current_backward,
+    operations_are_watched,
+    saved_tensors_are_watched,
+    transforms_are_active,
+)
 from .higher_derivatives import gradients_with_graph
 
 
@@ -27,11 +34,6 @@ RUNS_BEFORE = 2
 # How many recordings are kept, in what share of the memory of a GPU, and after how many plays of others one may go.
 MOST_RECORDINGS, MEMORY_SHARE, LONG_UNUSED = 1024, 1 / 16, 1000
 DEVICE_TYPE = "cuda"
-
-
-# They have no public doors. Where the first is missing, nothing is recorded.
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
-_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
 def may_play(inputs: torch.Tensor) -> bool:
@@ -45,7 +47,7 @@ def may_play(inputs: torch.Tensor) -> bool:
         # Who looks at every operation would not see what is played.
         and not operations_are_watched()
         # Gradient checkpointing compares what is kept with what is kept when the same runs again.
-        and _top_hooks(True) is None
+        and not saved_tensors_are_watched()
     )
 
 
@@ -239,8 +241,7 @@ class _Play(torch.autograd.Function):
     def backward(ctx, *gradients):
         _, *tensors = ctx.saved_tensors
         given = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        is_plain = not (torch.is_grad_enabled() or transforms_are_active())
-        if is_plain and not any(_is_batched(gradients[index]) for index in given):
+        if asks_for_numbers(*(gradients[index] for index in given)):
             return None, None, *ctx.player.differentiate(gradients)
 
         def run(*tensors):

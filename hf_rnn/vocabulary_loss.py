@@ -1,12 +1,13 @@
 """The cross-entropy of a projection to a vocabulary, without all logits in memory at once.
 
-Imports the products.
+Imports the fast paths and the products.
 """
 
 import math
 
 import torch
 
+from .fast_paths import asks_for_numbers, graph_is_freed, saved_tensors_are_watched
 from .large_products import large_linear, takes_onednn
 
 
@@ -14,6 +15,8 @@ from .large_products import large_linear, takes_onednn
 # elsewhere than on a CPU, where starting the work on a chunk may take longer than the work, at least those, and there
 # are no more chunks than that.
 MIN_CHUNK_SIZE, MIN_CHUNK_SIZE_ELSEWHERE, MOST_CHUNKS_ELSEWHERE = 2**22, 2**24, 32
+# In so many parts chunks of float32 or wider go through the softmax there, which writes beside what it reads.
+PARTS_OF_WIDE_CHUNKS = 8
 # Words whose gradients oneDNN makes at a time, because it cannot add to what is there.
 WORDS_AT_ONCE = 1024
 
@@ -110,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = total.new_tensor(len(labels)) if is_label is None else is_label.sum()
         ctx.save_for_backward(*gradients, count)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)]
-        ctx.mean = mean
+        ctx.mean, ctx.is_watched = mean, saved_tensors_are_watched()
         return total / count if mean else total
 
     @staticmethod
@@ -125,8 +128,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # the quotient of a sum and a number of labels that is zero.
         *gradients, count = ctx.saved_tensors
         scale = torch.where(count > 0, grad_loss / count if ctx.mean else grad_loss, 1)
+        # In their memory where nobody sees them any more: that of the weight may be the largest tensor of all.
+        multiply = torch.mul
+        if graph_is_freed() and asks_for_numbers(grad_loss) and not ctx.is_watched:
+            multiply = torch.Tensor.mul_
         gradients = [
-            None if gradient is None else (gradient * scale).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)
+            None if gradient is None else multiply(gradient, scale).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
         return *gradients, None, None, None, None
 
@@ -191,9 +199,14 @@ def _losses_and_gradient(logits, labels, needs_gradient):
         losses = sums.log() + (highest - of_labels)
         gradient = exponentials.div_(sums) if needs_gradient else None
     else:
-        log_probabilities = torch.log_softmax(logits, dim=-1, dtype=wide)
-        losses = -log_probabilities.gather(-1, labels)
-        gradient = torch.exp(log_probabilities, out=logits) if needs_gradient else None
+        parts, losses = PARTS_OF_WIDE_CHUNKS if wide == logits.dtype else 1, []
+        for part, labels_of_part in zip(logits.chunk(parts), labels.chunk(parts)):
+            log_probabilities = torch.log_softmax(part, dim=-1, dtype=wide)
+            losses.append(-log_probabilities.gather(-1, labels_of_part))
+            if needs_gradient:
+                torch.exp(log_probabilities, out=part)
+            del log_probabilities  # before the next ones
+        losses, gradient = torch.cat(losses), logits if needs_gradient else None
     if needs_gradient:
         # Not `probability - 1` of a probability that is rounded to few bits already.
         gradient.scatter_(-1, labels, torch.expm1(-losses).to(gradient.dtype))

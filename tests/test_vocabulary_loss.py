@@ -17,6 +17,7 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
 from hf_rnn import RNNConfig, RNNForCausalLM, deferred_logits, vocabulary_loss, without_fast_paths
@@ -228,6 +229,33 @@ def test_backward_twice():
     loss.backward()
     for tensor, gradient in zip(arguments, first):
         torch.testing.assert_close(tensor.grad, 2 * gradient)
+
+
+def test_gradients_lie_where_they_were_saved():
+    """Unless somebody may see them there, or ask for them again: a copy is as large as the weight."""
+    arguments = make_arguments(ignored=0)  # no row is left out, to which a gradient would go back
+    expected = with_gradients(linear_cross_entropy, arguments)[1]
+
+    def gradients(watched=False, **options):
+        """Whether they lie there, their values being right."""
+        seen = []
+        watching = torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda x: x)
+        with watching if watched else contextlib.nullcontext():
+            loss = linear_cross_entropy(*arguments)
+        saved = seen if watched else list(loss.grad_fn.saved_tensors)
+        before = [tensor.clone() for tensor in saved]
+        if "is_grads_batched" in options:
+            three = torch.full((2,), 3.0, dtype=loss.dtype)
+            results = [both[1] for both in torch.autograd.grad(loss, arguments[:3], three, **options)]
+        else:
+            results = torch.autograd.grad(3 * loss, arguments[:3], **options)
+        torch.testing.assert_close(tuple(results), expected)
+        lie_there = [result.data_ptr() == tensor.data_ptr() for result, tensor in zip(results, saved)]
+        assert all(lie_there) or all(map(torch.equal, saved, before))
+        return lie_there
+
+    assert gradients() == [True] * 3
+    assert gradients(retain_graph=True) == gradients(watched=True) == gradients(is_grads_batched=True) == [False] * 3
 
 
 def test_refusals():
@@ -516,6 +544,52 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 self.elements = max(self.elements, tensor.numel())
         return result
+
+
+class BytesInUse(TorchDispatchMode):
+    """Follows how many bytes the tensors have that are made within it, and the most that they had at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # What went in was there before, or is known.
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in self.known | given:
+                self.add(result.untyped_storage())
+        return results
+
+    def add(self, storage):
+        number, size = storage._cdata, storage.nbytes()
+        self.known.add(number)
+        self.now, self.most = self.now + size, max(self.most, self.now + size)
+
+        def remove():
+            self.known.remove(number)
+            self.now -= size
+
+        weakref.finalize(storage, remove)
+
+
+@pytest.mark.usefixtures("place")
+def test_memory_of_the_loss():
+    """
+    That of the gradients, of a chunk of logits, and of the logits of some rows beside them; the gradients of a weight
+    are not there twice.
+    """
+    rows, vocab_size, size = 160, 4000, 50
+    hidden_states, weight = torch.randn(rows, size).requires_grad_(), torch.randn(vocab_size, size).requires_grad_()
+    labels, chunk = torch.randint(vocab_size, (rows,)), 40
+    with BytesInUse() as used, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary_loss, "chunk_length", lambda num_rows, weight: chunk)
+        torch.autograd.grad(linear_cross_entropy(hidden_states, weight, None, labels), [hidden_states, weight])
+    gradients, logits = 4 * (hidden_states.numel() + weight.numel()), 4 * chunk * vocab_size
+    assert gradients + logits <= used.most <= gradients + 1.2 * logits
 
 
 @OVER_HEADS
