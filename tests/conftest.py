@@ -7,6 +7,7 @@ Trainer and the scripts find a GPU without it, and do not expect other tensors t
 """
 
 import functools
+import gc
 import os
 
 import pytest
@@ -50,6 +51,18 @@ if "HF_RNN_TEST_DEVICE" in os.environ:
     EverythingOnADevice(torch.device(os.environ["HF_RNN_TEST_DEVICE"])).__enter__()
     for name in ("numpy", "__array__"):
         setattr(torch.Tensor, name, functools.partialmethod(_from_the_cpu, getattr(torch.Tensor, name)))
+
+
+# Compilers leave millions of objects behind: to go through them takes seconds each time.
+gc.set_threshold(100_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_to_collect():
+    """What a file of tests leaves behind is not looked at any more when garbage is collected."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["transposed", "onednn"])
