@@ -33,15 +33,15 @@ from hf_rnn.weight_layouts import by_onednn, in_fastest_layout, multiply
 
 class Settings(NamedTuple):
     """
-    How to run the benchmarks. With `quick` sizes are tiny: it shows that they work, and nothing else. With `profiles`,
-    a folder (within a line its file), [`profile`] writes where the time goes.
+    How to run the benchmarks. With `quick` sizes are tiny: it shows that they work, and nothing else. To the file
+    `profile`, if there is one, [`write_profile`] writes where the time goes.
     """
 
     threads: int = 1
     rounds: int = 9
     device: str = "cpu"
     quick: bool = False
-    profiles: str | None = None
+    profile: str | None = None
 
     def size(self, full, quick):
         """A size, a number of steps or a tuple of them."""
@@ -175,9 +175,9 @@ def measure(
     """The ratios of `ours` to `baseline` in each round, and of `floor` to `baseline`."""
     variants = {"baseline": baseline, "ours": ours} | ({} if floor is None else {"floor": floor})
     times = interleave(variants, settings, rounds)
-    if settings.profiles is not None:
+    if settings.profile is not None:
         for name in ("baseline", "ours"):
-            profile(name, variants[name], settings)
+            write_profile(name, variants[name], settings)
     ratios = {
         name: [time / of_baseline for time, of_baseline in zip(times[name], times["baseline"])] for name in variants
     }
@@ -189,9 +189,9 @@ def measure(
     )
 
 
-def profile(name: str, function: Callable[[], object], settings: Settings) -> None:
+def write_profile(name: str, function: Callable[[], object], settings: Settings) -> None:
     """
-    Where the time of a function goes, behind what is in the file `settings.profiles`: the operations of torch and, on a
+    Where the time of a function goes, behind what is in the file `settings.profile`: the operations of torch and, on a
     GPU, its kernels; and the functions of Python. What looks on takes time itself: that of small operations and
     functions most of all.
     """
@@ -204,7 +204,7 @@ def profile(name: str, function: Callable[[], object], settings: Settings) -> No
     functions.runcall(seconds, function, settings)
     pstats.Stats(functions, stream=lines).sort_stats("tottime").print_stats(30)
     table = operations.key_averages().table(sort_by=f"self_{settings.device}_time_total", row_limit=30)
-    with open(settings.profiles, "a") as file:
+    with open(settings.profile, "a") as file:
         file.write(f"{name}: operations\n{table}\n{name}: functions of Python{lines.getvalue()}\n")
 
 
@@ -377,18 +377,20 @@ def markdown_line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def run_all(lines: Iterable[Benchmark], settings: Settings) -> Iterable[list[str]]:
-    """Runs benchmarks, and gives the cells of each line as soon as it is done."""
+def run_all(lines: Iterable[Benchmark], settings: Settings, profiles: Path | None = None) -> Iterable[list[str]]:
+    """
+    Runs benchmarks, and gives the cells of each line as soon as it is done. Profiles go to the folder `profiles`, where
+    it is given.
+    """
     for line in lines:
         torch.manual_seed(0)
         random.seed(0)
-        here = settings
-        if settings.profiles is not None:
-            file = Path(settings.profiles, f"{line.name}.txt")
+        if profiles is not None:
+            file = profiles / f"{line.name}.txt"
             file.unlink(missing_ok=True)  # of an earlier run
-            here = settings._replace(profiles=str(file))
+            settings = settings._replace(profile=str(file))
         try:
-            result = line.run(here)
+            result = line.run(settings)
         except Skipped as reason:
             result = reason
         except Exception as error:

@@ -82,11 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(options.threads, options.rounds, options.device, options.quick)
     if options.profile is not None:
         options.profile.mkdir(parents=True, exist_ok=True)
-        settings = settings._replace(profiles=str(options.profile))
     table = [heading(settings), "", markdown_line(COLUMNS), markdown_line(["---"] * len(COLUMNS))]
     print("\n".join(table), flush=True)
     failed = False
-    for result in run_all(lines, settings):
+    for result in run_all(lines, settings, options.profile):
         table.append(markdown_line(result))
         print(table[-1], flush=True)
         failed = failed or result[-1].startswith("failed")
