@@ -531,49 +531,44 @@ def test_logits_to_keep(keep):
     assert_same_gradients(gradients, expected_gradients, 1e-6)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that is made."""
+class MadeTensors(TorchDispatchMode):
+    """
+    Follows the tensors that are made within it: how many elements the largest one has, and the most bytes that they had
+    at a time.
+    """
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
-class BytesInUse(TorchDispatchMode):
-    """Follows how many bytes the tensors have that are made within it, and the most that they had at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.most = set(), 0, 0
+        self.largest = self.bytes = self.most_bytes = 0
+        self.storages = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         # What went in was there before, or is known.
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
         results = function(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in self.known | given:
-                self.add(result.untyped_storage())
+        for tensor in tensors_in(results):
+            self.largest = max(self.largest, tensor.numel())
+            if tensor.untyped_storage()._cdata not in self.storages | given:
+                self.add(tensor.untyped_storage())
         return results
 
     def add(self, storage):
         number, size = storage._cdata, storage.nbytes()
-        self.known.add(number)
-        self.now, self.most = self.now + size, max(self.most, self.now + size)
+        self.storages.add(number)
+        self.bytes += size
+        self.most_bytes = max(self.most_bytes, self.bytes)
 
         def remove():
-            self.known.remove(number)
-            self.now -= size
+            self.storages.remove(number)
+            self.bytes -= size
 
         weakref.finalize(storage, remove)
+
+
+def tensors_in(values) -> list[torch.Tensor]:
+    """Those that have numbers."""
+    leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves if leaf.device.type != "meta"]
 
 
 @pytest.mark.usefixtures("place")
@@ -585,11 +580,11 @@ def test_memory_of_the_loss():
     rows, vocab_size, size = 160, 4000, 50
     hidden_states, weight = torch.randn(rows, size).requires_grad_(), torch.randn(vocab_size, size).requires_grad_()
     labels, chunk = torch.randint(vocab_size, (rows,)), 40
-    with BytesInUse() as used, pytest.MonkeyPatch.context() as patch:
+    with MadeTensors() as made, pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary_loss, "chunk_length", lambda num_rows, weight: chunk)
         torch.autograd.grad(linear_cross_entropy(hidden_states, weight, None, labels), [hidden_states, weight])
     gradients, logits = 4 * (hidden_states.numel() + weight.numel()), 4 * chunk * vocab_size
-    assert gradients + logits <= used.most <= gradients + 1.2 * logits
+    assert gradients + logits <= made.most_bytes <= gradients + 1.2 * logits
 
 
 @OVER_HEADS
@@ -600,11 +595,11 @@ def test_no_tensor_of_all_logits(name, monkeypatch):
     model, inputs = make_training(name, vocab_size=999, ignored=False)
     logits = inputs["labels"].numel() * 999
     for plain in (True, False):
-        with LargestTensor() as largest:
+        with MadeTensors() as made:
             gradients_of(model, inputs, plain)
-        assert (largest.elements >= logits) == plain
+        assert (made.largest >= logits) == plain
         if not plain:
-            assert largest.elements == model.lm_head.weight.numel() < logits
+            assert made.largest == model.lm_head.weight.numel() < logits
 
 
 # Logits that wait.

@@ -116,7 +116,7 @@ def test_all_outputs_are_those_of_words():
     tokens = torch.tensor([[4, 20, 21, 5, 22, 6]])
     outputs = model(tokens, output_hidden_states=True, output_gates=True)
     assert [states.shape[-1] for states in outputs.hidden_states] == [model.config.input_size, 12, 12, 12]
-    torch.testing.assert_close(outputs.hidden_states[-1], outputs.last_hidden_state)
+    assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
     gates = [values for layer in outputs.gates for values in layer.values()]
     for values in (*outputs.hidden_states, *gates):
         assert values.shape[:2] == (1, 6)
@@ -124,7 +124,7 @@ def test_all_outputs_are_those_of_words():
         assert torch.equal(values[:, 3], values[:, 4])
         assert not torch.equal(values[:, 0], values[:, 3])
     as_tuple = model(tokens, output_hidden_states=True, return_dict=False)
-    torch.testing.assert_close(as_tuple[0], outputs.last_hidden_state)
+    torch.testing.assert_close(as_tuple[0], outputs.last_hidden_state, rtol=0, atol=1e-14)
     assert len(as_tuple[1]) == 4
     chosen = model(tokens, output_hidden_states=[3]).hidden_states
     assert [states is None for states in chosen] == [True, True, True, False]
@@ -180,7 +180,7 @@ def test_chains_of_labels_over_words():
     for given, number in ((only_words, 3), (labels, 6)):
         torch.testing.assert_close(model(tokens, labels=given).loss, -likelihood.sum() / number)
         loss = model(tokens, labels=given, num_items_in_batch=number).loss
-        torch.testing.assert_close(loss, model(tokens, labels=given).loss)
+        torch.testing.assert_close(loss, model(tokens, labels=given).loss, rtol=0, atol=1e-14)
 
 
 def test_answers_are_whole_words():
