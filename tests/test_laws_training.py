@@ -3,6 +3,7 @@ initialisation, tied weights, and that cells and scores can be added from outsid
 
 import contextlib
 import copy
+import inspect
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_rnn import ATTENTION_SCORES, RECURRENT_CELLS, RNNConfig, RNNSeq2SeqConfig, loop_only, recurrent_kernels
 from hf_rnn.attention import AttentionScore
@@ -326,6 +328,29 @@ def test_gradient_checkpointing_changes_no_gradient(name):
             found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
         for actual, expected in zip(*found):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_every_second_layer_checkpointed(name):
+    """Of the layers that follow each other only some keep nothing, as transformers offers since 5.24."""
+    model = make_model(name).train()
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None or "every_n_layers" not in inspect.signature(enable).parameters:
+        pytest.skip("transformers is older than 5.24")
+    layers = [module for module in model.modules() if isinstance(module, RecurrentLayer)]
+    found = []
+    for enabled in (False, True):
+        if enabled:
+            enable(every_n_layers=2)
+            counted = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            assert [layer.gradient_checkpointing for layer in counted] == [i % 2 == 0 for i in range(len(counted))]
+            assert len({layer.gradient_checkpointing for layer in layers}) == 2
+        model.zero_grad()
+        loss = objective(model(**make_inputs(name)))
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for actual, expected in zip(*found):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not_reentrant", "reentrant"])
