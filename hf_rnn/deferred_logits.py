@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .cuda_graphs import is_capturing
 from .fast_paths import are_plain, autocast_dtype, is_watched, may_take, transforms_are_active
 from .large_products import large_linear, weight_gradient
 from .linear_modules import apply_linear
@@ -43,7 +44,8 @@ def _may_defer(projection: nn.Module, hidden_states: torch.Tensor) -> bool:
         return False
     if type(projection) is not nn.Linear or is_watched(projection):
         return False
-    if transforms_are_active():
+    # What is played later would not know that it has to be computed anew.
+    if transforms_are_active() or is_capturing(hidden_states.device.type):
         return False
     tensors = [hidden_states, projection.weight] + ([] if projection.bias is None else [projection.bias])
     if not are_plain(*tensors) or any(tensor.is_inference() for tensor in tensors):
@@ -165,8 +167,9 @@ class DeferredLogits(torch.Tensor):
     function of torch computes them and sees an ordinary tensor, through which gradients flow, except for
 
     - what only looks at shape, type, device or graph;
-    - `contiguous`, `float`, `view`, `reshape` and `flatten`, which give such logits again, and a `clone` within a
-      function of autograd, as data parallelism makes one;
+    - `contiguous`, `float`, `to(dtype)`, `view`, `reshape` and `flatten`, which give such logits again, and a `clone`
+      within a function of autograd, as data parallelism makes one;
+    - `register_hook`, whose hook sees the gradient of the values, if there is one;
     - `cross_entropy` for class indices without weights or smoothing, which is [`linear_cross_entropy`].
 
     Because the loss does not go through the values, it gives them no gradient: `torch.autograd.grad(loss, logits)`
@@ -280,10 +283,19 @@ def _contiguous(logits, **kwargs):
     return NotImplemented if kwargs else logits
 
 
-def _float(logits, **kwargs):
-    if kwargs:
+def _to(logits, dtype=None, *others, **kwargs):
+    if others or kwargs or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return NotImplemented
-    return logits if logits.dtype == torch.float32 else logits.copy_of(torch.float32)
+    return logits if logits.dtype == dtype else logits.copy_of(dtype)
+
+
+def _float(logits, **kwargs):
+    return _to(logits, torch.float32, **kwargs)
+
+
+def _register_hook(logits, hook):
+    # Data parallelism watches for gradients that nothing but the values brings. Through a view they would not pass.
+    return torch.Tensor.register_hook(logits, hook) if logits.viewed is None else NotImplemented
 
 
 def _reshaping(function):
@@ -325,6 +337,8 @@ _DEFERRED = {
     torch.Tensor.clone: _clone,
     torch.Tensor.contiguous: _contiguous,
     torch.Tensor.float: _float,
+    torch.Tensor.to: _to,
+    torch.Tensor.register_hook: _register_hook,
     torch.Tensor.view: _reshaping(torch.Tensor.view),
     torch.Tensor.reshape: _reshaping(torch.Tensor.reshape),
     torch.Tensor.flatten: _reshaping(torch.Tensor.flatten),
@@ -335,6 +349,7 @@ _METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in (
         *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "output_nr", "name"),
+        "_base",
         *("is_cpu", "is_cuda", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes"),
     )
 } | {

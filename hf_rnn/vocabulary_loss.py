@@ -15,8 +15,11 @@ from .large_products import large_linear, takes_onednn
 # elsewhere than on a CPU, where starting the work on a chunk may take longer than the work, at least those, and there
 # are no more chunks than that.
 MIN_CHUNK_SIZE, MIN_CHUNK_SIZE_ELSEWHERE, MOST_CHUNKS_ELSEWHERE = 2**22, 2**24, 32
-# In so many parts chunks of float32 or wider go through the softmax there, which writes beside what it reads.
-PARTS_OF_WIDE_CHUNKS = 8
+# But no chunk is longer than this: kernels count in 32 bits, and a sum over rows has to be a number of float16.
+MOST_LOGITS, MOST_NARROW_ROWS = 2**30, 2**15
+# So many logits go through the softmax at a time elsewhere than on a CPU. It writes up to two numbers of four bytes
+# beside each that it reads, which take little memory that way, and stay in the caches of a GPU.
+LOGITS_AT_ONCE_ELSEWHERE = 2**22
 # Words whose gradients oneDNN makes at a time, because it cannot add to what is there.
 WORDS_AT_ONCE = 1024
 
@@ -29,12 +32,19 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def chunk_length(num_rows: int, weight: torch.Tensor) -> int:
-    """How many rows of logits to compute at a time, such that the chunks of `num_rows` rows are about equal."""
+def chunk_length(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> int:
+    """
+    How many rows of logits to compute at a time, with products in `dtype`, such that the chunks of `num_rows` rows are
+    about equal.
+    """
     smallest = MIN_CHUNK_SIZE if is_on_cpu(weight) else MIN_CHUNK_SIZE_ELSEWHERE
-    longest = max(1, max(weight.numel(), smallest) // weight.shape[0])
-    number = max(1, math.ceil(num_rows / longest))
-    return math.ceil(num_rows / (number if is_on_cpu(weight) else min(number, MOST_CHUNKS_ELSEWHERE)))
+    number = math.ceil(num_rows / max(1, max(weight.numel(), smallest) // weight.shape[0]))
+    if not is_on_cpu(weight):
+        number = min(number, MOST_CHUNKS_ELSEWHERE)
+    longest = max(1, MOST_LOGITS // weight.shape[0])
+    if dtype == torch.float16:
+        longest = min(longest, MOST_NARROW_ROWS)
+    return math.ceil(num_rows / max(1, number, math.ceil(num_rows / longest)))
 
 
 def pays(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -43,7 +53,7 @@ def pays(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
     it takes one chunk and the functions of torch have no copies in other types to make.
     """
     is_narrow = dtype.itemsize < 4
-    return is_on_cpu(weight) or is_narrow or chunk_length(num_rows, weight) < num_rows
+    return is_on_cpu(weight) or is_narrow or chunk_length(num_rows, weight, dtype) < num_rows
 
 
 def linear_cross_entropy(
@@ -132,9 +142,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         multiply = torch.mul
         if graph_is_freed() and asks_for_numbers(grad_loss) and not ctx.is_watched:
             multiply = torch.Tensor.mul_
+
+        def scaled(gradient, dtype):
+            # A GPU would bring the scale to a narrow type first.
+            wide = gradient.to(torch.promote_types(gradient.dtype, scale.dtype))
+            return multiply(wide, scale).to(dtype)
+
         gradients = [
-            None if gradient is None else multiply(gradient, scale).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes)
+            None if gradient is None else scaled(gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
         return *gradients, None, None, None, None
 
@@ -146,7 +161,7 @@ def _sum_and_gradients(hidden_states, weight, bias, labels, is_label, dtype, nee
     """
     num_rows = len(labels)
     wide = torch.promote_types(dtype, torch.float32)
-    step = chunk_length(num_rows, weight)
+    step = chunk_length(num_rows, weight, dtype)
     total = hidden_states.new_zeros((), dtype=wide)
     grad_hidden = torch.empty_like(hidden_states) if needs_gradient[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient[1] else None
@@ -199,7 +214,7 @@ def _losses_and_gradient(logits, labels, needs_gradient):
         losses = sums.log() + (highest - of_labels)
         gradient = exponentials.div_(sums) if needs_gradient else None
     else:
-        parts, losses = PARTS_OF_WIDE_CHUNKS if wide == logits.dtype else 1, []
+        parts, losses = max(1, math.ceil(logits.numel() / LOGITS_AT_ONCE_ELSEWHERE)), []
         for part, labels_of_part in zip(logits.chunk(parts), labels.chunk(parts)):
             log_probabilities = torch.log_softmax(part, dim=-1, dtype=wide)
             losses.append(-log_probabilities.gather(-1, labels_of_part))

@@ -25,12 +25,15 @@ def full_state(model):
 
 
 def shard_by_hand(name, options, seed=0):
-    """A model whose parameters are shared out with torch alone: each layer by itself, and what is left."""
+    """
+    A model whose parameters are shared out with torch alone: each layer by itself, and what is left. After a forward
+    nothing is left of any of them.
+    """
     model = make_model(name, seed=seed, **options).train()
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module)
-    return fully_shard(model)
+    return fully_shard(model, reshard_after_forward=True)
 
 
 def shard_while_loading(name, options, folder):
@@ -51,7 +54,10 @@ def loss_of(model, batch, name, all_labels):
     headless = loss_without_head(name)
     if headless:
         return headless["compute_loss_func"](model(**batch), batch["labels"], num_items)
-    return model(**batch, num_items_in_batch=num_items).loss
+    outputs = model(**batch, num_items_in_batch=num_items)
+    # FSDP hangs hooks on all outputs, and does not compute logits by that.
+    assert getattr(outputs.get("logits"), "waits", True)
+    return outputs.loss
 
 
 def train_by_hand(model, optimizer, name, options, accumulation_steps=1):

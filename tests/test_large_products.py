@@ -128,7 +128,7 @@ def test_a_vocabulary_in_parts(taken, monkeypatch):
     from hf_rnn.vocabulary_loss import linear_cross_entropy
 
     monkeypatch.setattr("hf_rnn.vocabulary_loss.WORDS_AT_ONCE", 2)
-    monkeypatch.setattr("hf_rnn.vocabulary_loss.chunk_length", lambda num_rows, weight: 3)
+    monkeypatch.setattr("hf_rnn.vocabulary_loss.chunk_length", lambda num_rows, weight, dtype: 3)
     arguments, labels = make_arguments(7), torch.arange(7) % 5
     actual = torch.autograd.grad(linear_cross_entropy(*arguments, labels), arguments)
     assert ((2, 3), (4, 3)) in taken

@@ -44,13 +44,14 @@ def chunked_loss(enabled: bool):
 @pytest.fixture(params=[1, 2, 5, 11, 1000], ids=lambda length: f"chunks of {length}")
 def chunks(request, monkeypatch):
     """Chunks of any length, among them one row and more than there are."""
-    monkeypatch.setattr(vocabulary_loss, "chunk_length", lambda num_rows, weight: request.param)
+    monkeypatch.setattr(vocabulary_loss, "chunk_length", lambda num_rows, weight, dtype: request.param)
 
 
 @pytest.fixture(params=[True, False], ids=["cpu", "elsewhere"])
 def place(request, monkeypatch):
-    """As on a CPU, or as elsewhere, where rows without a label are computed in vain."""
+    """As on a CPU, or as elsewhere, where rows without a label are computed in vain, and some rows at a time."""
     monkeypatch.setattr(vocabulary_loss, "is_on_cpu", lambda tensor: request.param)
+    monkeypatch.setattr(vocabulary_loss, "LOGITS_AT_ONCE_ELSEWHERE", 2 * VOCAB_SIZE)
 
 
 @pytest.fixture
@@ -171,6 +172,37 @@ def test_what_is_nearly_certain(dtype):
         assert (actual - expected).norm() <= max(torch.finfo(dtype).eps, 1e-3) * expected.norm()
 
 
+@pytest.mark.usefixtures("place")
+def test_many_rows_in_float16():
+    """A sum over rows, which is divided by their number later, is finite all the same."""
+    rows, vocab_size = 140_000, 40
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.rand(rows, 2, generator=generator).half().requires_grad_()
+    weight, bias = (torch.zeros(shape, dtype=torch.float16).requires_grad_() for shape in ((vocab_size, 2), vocab_size))
+    labels = torch.randint(0, vocab_size, (rows,), generator=generator).where(torch.arange(rows) % 5 < 2, 0)
+    _, actual = with_gradients(linear_cross_entropy, (hidden_states, weight, bias, labels))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight, bias)]
+    _, expected = with_gradients(plain_cross_entropy, (*wide, labels))
+    torch.testing.assert_close([gradient.double() for gradient in actual[1:]], list(expected[1:]), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("place")
+def test_gradients_in_narrow_types_are_scaled_exactly(dtype):
+    """By the number of labels, not by what a narrow type makes of it, which would be the same error in all of them."""
+    for ignored in range(ROWS):
+        hidden_states, weight, bias, labels = make_arguments(dtype, ignored=ignored)
+        (mean,), (total,) = (
+            torch.autograd.grad(
+                linear_cross_entropy(hidden_states, weight, bias, labels, reduction=reduction), hidden_states
+            )
+            for reduction in ("mean", "sum")
+        )
+        expected = (total.double() / (ROWS - ignored)).to(dtype)
+        # From float32 to the narrow type, which may round twice, here and there.
+        assert (mean != expected).double().mean() < 0.02
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.usefixtures("chunks", "place")
@@ -281,8 +313,10 @@ def test_lengths_of_chunks(device, smallest, most):
     for vocab_size, size in [(29, 5), (8_000, 512), (32_000, 512), (250_000, 16), (10_000_000, 1)]:
         weight = torch.empty(vocab_size, size, device=device)
         for num_rows in (1, 7, 1599, 1600, 100_000):
-            length = chunk_length(num_rows, weight)
+            length = chunk_length(num_rows, weight, torch.float32)
             number = -(-num_rows // length)
+            if length * vocab_size > vocabulary_loss.MOST_LOGITS // 2:
+                continue
             assert 1 <= length <= num_rows
             largest = max(weight.numel(), getattr(vocabulary_loss, smallest), vocab_size)
             if most is None or num_rows * vocab_size <= most * largest:
@@ -290,6 +324,22 @@ def test_lengths_of_chunks(device, smallest, most):
             else:
                 assert length == -(-num_rows // most)
             assert number * length - num_rows < number
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_no_chunk_is_longer_than(device):
+    """Numbers of 32 bits count its logits; in float16 a number is left of a sum over its rows."""
+    most = vocabulary_loss.MOST_LOGITS
+    for vocab_size, size in [(29, 5), (32_000, 512), (250_000, 4096), (10_000_000, 1)]:
+        weight = torch.empty(vocab_size, size, device="meta").expand(vocab_size, size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vocabulary_loss, "is_on_cpu", lambda tensor: device == "cpu")
+            for num_rows in (1, 100_000, 3_000_000):
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    length = chunk_length(num_rows, weight, dtype)
+                    assert length >= 1
+                    assert length * vocab_size <= most
+                    assert dtype != torch.float16 or length < 2**16
 
 
 # In the models.
@@ -571,20 +621,28 @@ def tensors_in(values) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if leaf.device.type != "meta"]
 
 
-@pytest.mark.usefixtures("place")
-def test_memory_of_the_loss():
+@pytest.mark.parametrize(
+    ("elsewhere", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16), (True, torch.float16)],
+    ids=str,
+)
+def test_memory_of_the_loss(elsewhere, dtype, monkeypatch):
     """
     That of the gradients, of a chunk of logits, and of the logits of some rows beside them; the gradients of a weight
     are not there twice.
     """
-    rows, vocab_size, size = 160, 4000, 50
-    hidden_states, weight = torch.randn(rows, size).requires_grad_(), torch.randn(vocab_size, size).requires_grad_()
-    labels, chunk = torch.randint(vocab_size, (rows,)), 40
-    with MadeTensors() as made, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary_loss, "chunk_length", lambda num_rows, weight: chunk)
+    rows, vocab_size, size, chunk, at_once = 160, 4000, 50, 40, 2
+    monkeypatch.setattr(vocabulary_loss, "is_on_cpu", lambda tensor: not elsewhere)
+    monkeypatch.setattr(vocabulary_loss, "LOGITS_AT_ONCE_ELSEWHERE", at_once * vocab_size)
+    monkeypatch.setattr(vocabulary_loss, "chunk_length", lambda num_rows, weight, dtype: chunk)
+    hidden_states, weight = (torch.randn(number, size, dtype=dtype).requires_grad_() for number in (rows, vocab_size))
+    labels = torch.randint(vocab_size, (rows,))
+    with MadeTensors() as made:
         torch.autograd.grad(linear_cross_entropy(hidden_states, weight, None, labels), [hidden_states, weight])
-    gradients, logits = 4 * (hidden_states.numel() + weight.numel()), 4 * chunk * vocab_size
-    assert gradients + logits <= made.most_bytes <= gradients + 1.2 * logits
+    gradients, logits = dtype.itemsize * hidden_states.numel() + 4 * weight.numel(), dtype.itemsize * chunk * vocab_size
+    # In narrow types what a chunk adds to the gradient of the weight is beside it.
+    narrow = dtype.itemsize * weight.numel() if dtype.itemsize < 4 else 0
+    assert gradients + logits <= made.most_bytes <= gradients + narrow + 1.2 * logits + 8 * at_once * vocab_size
 
 
 @OVER_HEADS
@@ -738,9 +796,47 @@ def test_logits_wait():
     assert outputs[1] is outputs.to_tuple()[1] is logits
     assert copy.copy(outputs).logits is logits
     assert model(**inputs, return_dict=False)[1].waits
-    assert logits.float() is logits
+    assert logits.float() is logits.to(torch.float32) is logits
+    assert logits._base is None
+    assert logits.to(torch.float64).dtype == torch.float64
     assert logits.view(-1, VOCAB_SIZE).shape == (42, VOCAB_SIZE)
     torch.autograd.backward(outputs.loss)
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["waiting", "read"])
+@pytest.mark.parametrize("through_view", [False, True])
+def test_hooks_of_logits(read, through_view):
+    """They see the gradient of the values and change it."""
+    found = []
+    for plain in (True, False):
+        model, inputs = make_training("RNNForCausalLM")
+        with chunked_loss(not plain):
+            logits, seen = model(**inputs).logits, []
+        if read:
+            logits.sum()
+        logits.register_hook(lambda gradient, seen=seen: seen.append(gradient.shape) or 2 * gradient)
+        assert plain or logits.waits == (not read)
+        result = logits
+        if through_view:
+            result = logits.view(-1, VOCAB_SIZE)
+            result.register_hook(lambda gradient, seen=seen: seen.append(gradient.shape) or 5 * gradient)
+        result.square().sum().backward()
+        found.append((seen, model.lm_head.weight.grad))
+    assert len(found[0][0]) == 1 + through_view
+    torch.testing.assert_close(*found)
+
+
+def test_a_hook_does_not_compute_logits(never_computed):
+    """Sharded data parallelism hangs one on every output."""
+    _, _, outputs = make_outputs()
+    outputs.logits.register_hook(lambda gradient: pytest.fail("there is no gradient"))
+    outputs.loss.backward()
+
+
+def test_nothing_waits_in_a_graph(monkeypatch):
+    """What is recorded by somebody as a CUDA graph is played without this module, which would not compute anew."""
+    monkeypatch.setattr(deferred_logits, "is_capturing", lambda device_type: True)
+    assert type(make_outputs()[2].logits) is torch.Tensor
 
 
 def test_logits_stay_the_same_tensor():
