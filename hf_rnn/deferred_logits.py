@@ -345,17 +345,21 @@ _DEFERRED = {
     F.cross_entropy: _cross_entropy,
 }
 
-_METADATA = {
-    getattr(torch.Tensor, name).__get__
-    for name in (
-        *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "output_nr", "name"),
-        "_base",
-        *("is_cpu", "is_cuda", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes"),
-    )
-} | {
-    getattr(torch.Tensor, name)
-    for name in (
-        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size"),
-        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device"),
-    )
-}
+_METADATA = (
+    {
+        getattr(torch.Tensor, name).__get__
+        for name in (
+            *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "output_nr", "name"),
+            *("is_cpu", "is_cuda", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes"),
+            "_base",
+        )
+    }
+    | {
+        getattr(torch.Tensor, name)
+        for name in (
+            *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size"),
+            *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device"),
+        )
+    }
+    | {getattr(torch, name) for name in ("numel", "is_floating_point", "is_complex", "is_signed", "get_device")}
+)

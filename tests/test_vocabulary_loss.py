@@ -798,6 +798,9 @@ def test_logits_wait():
     assert model(**inputs, return_dict=False)[1].waits
     assert logits.float() is logits.to(torch.float32) is logits
     assert logits._base is None
+    assert torch.is_floating_point(logits)
+    assert not torch.is_complex(logits)
+    assert torch.numel(logits) == logits.numel()
     assert logits.to(torch.float64).dtype == torch.float64
     assert logits.view(-1, VOCAB_SIZE).shape == (42, VOCAB_SIZE)
     torch.autograd.backward(outputs.loss)
