@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 
@@ -46,7 +47,15 @@ def chunked_cross_entropy(hidden_states, weight, bias, labels):
     return linear_cross_entropy(hidden_states, weight, bias, labels)
 
 
-VARIANTS = {"plain": plain_cross_entropy, "chunked": chunked_cross_entropy}
+def torch_cross_entropy(hidden_states, weight, bias, labels):
+    """What torch has for the same purpose since 2.13."""
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
+        raise Skipped(f"torch {torch.__version__} has no loss in chunks")
+    options = nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden_states, weight, labels, linear_bias=bias, options=options)
+
+
+VARIANTS = {"plain": plain_cross_entropy, "chunked": chunked_cross_entropy, "torch": torch_cross_entropy}
 
 
 def prepare_loss(settings: Settings, variant: str, vocab_size: int, rows: int, hidden_size: int, ignored: float):
@@ -84,10 +93,18 @@ GOAL_TIME, GOAL_MEMORY, GOAL_VOCABULARY = 0.80, 0.25, 32_000
     vocab_size=GOAL_VOCABULARY,
     **(SIZES | {"ignored": 0.3}),
 )
-def loss_time(settings: Settings, **sizes) -> Measurement:
+@benchmark(
+    "loss-time-torch",
+    "loss, vocabulary 32,000, 1,600 rows / torch's own in chunks",
+    {"cpu": None, "cuda": None},
+    baseline="torch",
+    vocab_size=GOAL_VOCABULARY,
+    **SIZES,
+)
+def loss_time(settings: Settings, baseline: str = "plain", **sizes) -> Measurement:
     """Time, where the floor is three products for each row that has a label."""
     sizes |= settings.size({}, {"vocab_size": 50, "rows": 7, "hidden_size": 6})
-    plain, chunked = (prepare_loss(settings, variant, **sizes) for variant in VARIANTS)
+    plain, chunked = (prepare_loss(settings, variant, **sizes) for variant in (baseline, "chunked"))
     check_equal("losses and gradients", chunked(), plain(), 1e-3)
     rows = round(sizes["rows"] * (1 - sizes["ignored"]))
     floor = matrix_products([(rows, sizes["hidden_size"], sizes["vocab_size"])], settings, backward=True)
@@ -105,7 +122,9 @@ def loss_memory(settings: Settings, **sizes) -> Measurement:
     """Memory, where the floor are the gradients."""
     sizes |= settings.size({}, {"vocab_size": 500, "rows": 70, "hidden_size": 16})
     prepare_loss(settings, "chunked", 3, 2, 2, 0.0)()  # whether it is there
-    plain, chunked = (peak_megabytes(prepare_loss, settings, variant=variant, **sizes) for variant in VARIANTS)
+    plain, chunked = (
+        peak_megabytes(prepare_loss, settings, variant=variant, **sizes) for variant in ("plain", "chunked")
+    )
     gradients = (sizes["rows"] * sizes["hidden_size"] + sizes["vocab_size"] * (sizes["hidden_size"] + 1)) * 4 / 2**20
     plain = max(plain, 1e-3)
     return Measurement(chunked / plain, floor=gradients / plain, note=f"{chunked:.0f} of {plain:.0f} MB")
