@@ -323,7 +323,8 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         Returns:
             `BaseModelOutputWithPastAndCrossAttentions`: `last_hidden_state` `(batch, target, hidden_size)`, the
             attentional vectors; `past_key_values`; on request `hidden_states`, the embeddings and the output of each
-            layer, and `cross_attentions`, one tensor `(batch, heads, target, source)`.
+            layer, and `cross_attentions`, one tensor `(batch, heads, target, source)`, which at padding has the weights
+            of the token before it.
 
         Raises:
             `ValueError`: Not exactly one of `input_ids` and `inputs_embeds`, one of them, a mask, a state or what the
@@ -534,7 +535,10 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
         needs_state: bool,
         recording: bool,
     ):
-        """Position by position through all layers. At padding the last attentional vector is repeated."""
+        """
+        Position by position through all layers. At padding the last attentional vector and the last weights are
+        repeated; before the first token the weights are zero.
+        """
         self._gather_around_steps()
         if embeddings.shape[1] == 0:
             return self._run_no_step(embeddings, states, memory, recording)
@@ -561,6 +565,9 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 new = self._attentional_vectors(context.squeeze(1), outputs[-1], linear=linear, memory=memory)
                 vector = _hold(is_token[position], new, vector)
                 vectors.append(vector)
+            if is_token[position] is not None:
+                last = weights[-1] if weights else torch.zeros_like(weight)
+                weight = _hold(is_token[position][..., None, None], weight, last)
             contexts.append(context)
             weights.append(weight)
             layer_outputs.append(outputs)

@@ -21,27 +21,26 @@ class _Copy:
 
     def __init__(self, weight: nn.Parameter):
         key = id(weight)
-        self.weight = weakref.ref(weight, lambda _: _copies.pop(key, None))
-        self.pointer, self.version, self.text, self.long_text = weight.data_ptr(), weight._version, _text, _long_text
-        flat = weight.detach().view(-1)
-        self.sample = flat[:: max(1, flat.numel() // self.SAMPLES)]
-        self.sampled = self.sample.clone()
-        # A number of each row.
-        self.diagonal = flat[:: weight.shape[1] + 1]
-        self.of_rows = self.diagonal.clone()
+        # Of the memory: `torch.utils.swap_tensors`, by which modules may load and move, refuses a weight that somebody
+        # refers to in this way.
+        self.storage = weakref.ref(weight.untyped_storage(), lambda _: _copies.pop(key, None))
+        self.place, self.version, self.text, self.long_text = _place(weight), weight._version, _text, _long_text
+        self.distance = max(1, weight.numel() // self.SAMPLES)
+        self.sampled = _every(weight, self.distance).clone()
+        self.of_rows = _every(weight, weight.shape[1] + 1).clone()  # a number of each row
         self.packed: dict[tuple[int, str], torch.Tensor] = {}  # by the first column that is in it, and the layout
         self.digest: torch.Tensor | None = None
 
     def is_of(self, weight: nn.Parameter) -> bool:
         """Whether the weight is still what it was."""
-        if self.weight() is not weight or self.pointer != weight.data_ptr() or self.version != weight._version:
+        if self.storage() is not weight.untyped_storage() or self.place != _place(weight):
             return False
-        # Whoever writes through `weight.data`, as LoRA does when it is merged, changes neither pointer nor version:
+        # Whoever writes through `weight.data`, as LoRA does when it is merged, changes neither place nor version:
         # some of the numbers are compared at every step, one of each row once for each text, and all of them where the
         # text begins with several tokens, beside which that takes no time.
-        if not torch.equal(self.sample, self.sampled):
+        if self.version != weight._version or not torch.equal(_every(weight, self.distance), self.sampled):
             return False
-        if self.text != _text and not torch.equal(self.diagonal, self.of_rows):
+        if self.text != _text and not torch.equal(_every(weight, weight.shape[1] + 1), self.of_rows):
             return False
         if self.long_text != _long_text and (self.digest is None or not torch.equal(self.digest, _digest(weight))):
             return False
@@ -56,6 +55,16 @@ class _Copy:
                 self.digest = _digest(weight)
             packed = self.packed[first_column, layout] = pack(weight[:, first_column:], layout)
         return packed
+
+
+def _place(weight: torch.Tensor) -> tuple:
+    """Where a contiguous weight lies."""
+    return weight.data_ptr(), weight.shape, weight.dtype
+
+
+def _every(weight: torch.Tensor, distance: int) -> torch.Tensor:
+    """The numbers of a contiguous weight at a distance from each other. Nobody may keep them: they are its memory."""
+    return weight.detach().as_strided((-(-weight.numel() // distance),), (distance,))
 
 
 @functools.cache

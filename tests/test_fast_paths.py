@@ -163,7 +163,12 @@ def merge_in_place(weight):
     assert (weight._version, weight.data_ptr()) == (version, pointer)
 
 
-@pytest.mark.parametrize("change", [step_of_an_optimizer, fused_step, load, other_data, merge_in_place])
+def swap(weight):
+    """As modules load and move with `torch.__future__.set_swap_module_params_on_conversion(True)`."""
+    torch.utils.swap_tensors(weight, make_weight())
+
+
+@pytest.mark.parametrize("change", [step_of_an_optimizer, fused_step, load, other_data, merge_in_place, swap])
 def test_a_copy_is_made_anew_when_the_weight_has_changed(packed, change):
     weight = make_weight()
     for _ in range(2):
@@ -172,6 +177,22 @@ def test_a_copy_is_made_anew_when_the_weight_has_changed(packed, change):
         change(weight)
     torch.testing.assert_close(linear_of(weight), weight.detach().sum(1)[None])
     assert len(packed) == 2
+
+
+def test_swapped_weights(packed, monkeypatch):
+    """A model whose weights have copies loads and moves where torch swaps parameters for others."""
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    model, other, token = make_model("RNNForCausalLM"), make_model("RNNForCausalLM", seed=1), torch.ones(1, 1).long()
+    with torch.no_grad():
+        for _ in range(3):
+            model(token)
+        assert packed
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(token).logits, other(token).logits)
+        for _ in range(3):
+            model(token)
+        model.lm_head.to(torch.float32)
+        assert model.lm_head.weight.dtype == torch.float32
 
 
 def test_one_number_changed_behind_the_back_is_seen_with_the_next_text(packed):

@@ -1,5 +1,6 @@
 """Law 3: fast path = plain loop = NumPy equations, in outputs, final states and every gradient."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -411,6 +412,30 @@ def test_rows_that_have_ended_are_not_decoded(decoder, cell_type, monkeypatch):
     # The stock loss is computed in float32.
     torch.testing.assert_close(fast.pop("loss", None), loop.pop("loss", None), rtol=1e-6, atol=0)
     assert_same(fast, loop, str(decoder))
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=str)
+def test_attention_at_padding(decoder, monkeypatch):
+    """Of a target position without a token it is that of the token before it, on every path, with its gradient."""
+    monkeypatch.setattr(recurrent_segments, "LOOP_CUT_COST", 0)
+    name = "RNNSeq2SeqForConditionalGeneration"
+    model = make_model(name, **decoder)
+    inputs = make_inputs(name) | {"attention_mask": make_mask(), "use_cache": False, "output_attentions": True}
+    masks = [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [1, 0, 0, 1, 1], [1, 1, 0, 1, 0]]
+    inputs["decoder_attention_mask"] = torch.tensor(masks)
+    found = []
+    for context in (loop_only(), without_fast_paths("segments"), contextlib.nullcontext()):
+        with context:
+            weights = model(**inputs).cross_attentions[0]
+        for row, mask in enumerate(masks):
+            for position in range(1, 5):
+                if not mask[position]:
+                    torch.testing.assert_close(weights[row, :, position], weights[row, :, position - 1])
+        factors = torch.linspace(-1, 1, weights.numel(), dtype=weights.dtype).to(weights.device).view(weights.shape)
+        gradients = torch.autograd.grad((weights * factors).sum(), list(model.parameters()), allow_unused=True)
+        found.append([weights.detach(), *(gradient for gradient in gradients if gradient is not None)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-10)
 
 
 @ON_A_CPU
