@@ -567,7 +567,7 @@ class RNNSeq2SeqDecoder(RNNSeq2SeqPreTrainedModel):
                 vectors.append(vector)
             if is_token[position] is not None:
                 last = weights[-1] if weights else torch.zeros_like(weight)
-                weight = _hold(is_token[position][..., None, None], weight, last)
+                weight = torch.where(is_token[position][..., None, None], weight, last)
             contexts.append(context)
             weights.append(weight)
             layer_outputs.append(outputs)

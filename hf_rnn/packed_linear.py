@@ -64,7 +64,7 @@ def _place(weight: torch.Tensor) -> tuple:
 
 def _every(weight: torch.Tensor, distance: int) -> torch.Tensor:
     """The numbers of a contiguous weight at a distance from each other. Nobody may keep them: they are its memory."""
-    return weight.detach().as_strided((-(-weight.numel() // distance),), (distance,))
+    return weight.as_strided((-(-weight.numel() // distance),), (distance,))
 
 
 @functools.cache

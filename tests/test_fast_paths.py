@@ -232,13 +232,16 @@ def test_copies_go_with_their_weights(packed):
     assert not packed_linear._copies
 
 
-def test_moving_a_model_drops_its_copies(packed):
+@pytest.mark.parametrize(
+    "move", [lambda model: model.float(), lambda model: model.to(model.device)], ids=["float", "to"]
+)
+def test_moving_a_model_drops_its_copies(packed, move):
     model = make_model("RNNForCausalLM")
     with torch.no_grad():
         for _ in range(3):
             model(torch.ones(1, 1, dtype=torch.long))
     assert packed_linear._copies
-    model.float()
+    move(model)
     assert not packed_linear._copies
 
 
